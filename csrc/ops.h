@@ -1,0 +1,9 @@
+// Declarations of each op's binder; the list is ops.inc.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace fastppo {
+#define BIND(op) void bind_##op(pybind11::module_& m);
+#include "ops.inc"
+#undef BIND
+}  // namespace fastppo
