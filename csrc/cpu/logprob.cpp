@@ -108,6 +108,8 @@ FASTPPO_INLINE void block_sums(const T* x, int64_t n, const LogitMap& map, const
   vec16 s0 = {}, s1 = {}, s2 = {}, s3 = {}, d0 = {}, d1 = {}, d2 = {}, d3 = {};
   int64_t j = 0;
   for (; j + 64 <= n; j += 64) {
+    // The next block comes from memory while this one is computed; past the end a prefetch is harmless.
+    for (int64_t line = 0; line < 64; line += 64 / sizeof(T)) __builtin_prefetch(x + j + kBlock + line);
     accumulate(relative<kCap>(raw<T, kBias>(x, bias, j), map, max2), s0, d0);
     accumulate(relative<kCap>(raw<T, kBias>(x, bias, j + 16), map, max2), s1, d1);
     accumulate(relative<kCap>(raw<T, kBias>(x, bias, j + 32), map, max2), s2, d2);
