@@ -223,9 +223,7 @@ class _LinearLogProb(torch.autograd.Function):
             hidden_MD, tokens_M = hidden_ND, tokens_N
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = Head(weight_VD, bias_V)
-            grads = backward_tiles(
-                ctx.launcher, hidden_MD, head, ctx.scales, tokens_M, saved, ctx.needs_input_grad[:3]
-            )
+            grads = backward_tiles(ctx.launcher, hidden_MD, head, ctx.scales, tokens_M, saved, ctx.needs_input_grad[:3])
         dhidden_ND = grads.hidden_ND
         if compact and dhidden_ND is not None:
             dhidden_ND = torch.zeros_like(hidden_ND).index_copy_(0, live_N, dhidden_ND)
