@@ -1,0 +1,436 @@
+// Sampling on a CPU: kernels/sampling.py has the formula. One row is one work item.
+//
+// Pass 1 reads the row once, a tile of 1024 columns at a time: maximum, sum e, sum e * z while the tile is in L1, and the
+// maximum of each of the 16 lanes. Later passes find the row in L2 and touch only what the threshold leaves:
+//   top_k   the k-th largest lane maximum is at most the k-th largest logit, so only lanes whose maximum reaches it can
+//           hold one of the k largest: a few hundred candidates, never a sort of the row
+//   top_p   a histogram of probability mass over value, then a sort of the one bin where the mass is reached
+// Sums over tiles and within the chosen tile are in double and in column order.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "../ops.h"
+#include "../philox.h"
+#include "simd.h"
+
+namespace fastppo {
+namespace {
+
+constexpr int kTile = 1024;  // kernels/sampling.py: TILE
+constexpr int kBins = 2048;
+constexpr float kBinsPerNat = 64.0f;
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+constexpr int64_t kBadNumber = -1, kNothingLeft = -2, kBadHistory = -3;
+
+struct Job {
+  const void* logits;
+  int dtype;  // 0 float, 1 bfloat16, 2 float16
+  int64_t B, V, stride;
+  const int64_t *seeds, *positions, *history;
+  const uint8_t* history_mask;
+  int64_t L;
+  const uint8_t* banned;
+  int64_t banned_stride;
+  float temperature;
+  int64_t top_k;
+  double top_p, min_p;
+  float penalty, logprob_temperature;
+  int64_t* tokens;
+  float *sampled, *logprob, *entropy;
+};
+
+// A row as tiles: `tail` is the last tile, padded with -inf to a multiple of 64 columns.
+struct Row {
+  const float* base;
+  const float* tail;
+  int64_t V, tiles;
+  const float* tile(int64_t t) const { return t + 1 == tiles ? tail : base + t * kTile; }
+  int padded(int64_t t) const { return t + 1 == tiles ? static_cast<int>((V - t * kTile + 63) & ~int64_t{63}) : kTile; }
+  float at(int64_t i) const { return tile(i / kTile)[i % kTile]; }
+};
+
+struct Scratch {
+  std::vector<float> x, y, tail, candidates, lane_max;
+  std::vector<float> max_x, max_y;
+  std::vector<double> sum_x, dot_x, weight;
+  std::vector<double> mass;
+  std::vector<float> e;
+  std::vector<int> bin;
+};
+
+struct TileStats {
+  float max, sum, dot;  // dot = sum e * (x - max), e = exp((x - max) * rate)
+  bool nan;
+};
+
+FASTPPO_INLINE vec16 load16_half(const uint16_t* p) {
+  ivec16 h = __builtin_convertvector(*reinterpret_cast<const hvec16*>(p), ivec16);
+  ivec16 bits = (h & 0x7fff) << 13;
+  vec16 value = reinterpret_cast<vec16&>(bits) * 0x1p112f;  // rebias the exponent; also right for subnormals
+  ivec16 out = reinterpret_cast<ivec16&>(value);
+  ivec16 special = (h & 0x7c00) == 0x7c00;  // inf and NaN
+  out = (special & (bits | 0x7f800000)) | (~special & out);
+  out |= (h & 0x8000) << 16;
+  return reinterpret_cast<vec16&>(out);
+}
+
+FASTPPO_INLINE float max_of(vec16 v) {
+  float m = v[0];
+  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+FASTPPO_INLINE float sum_of(vec16 v) {
+  float s8[8], s = 0;
+  for (int i = 0; i < 8; ++i) s8[i] = v[i] + v[i + 8];
+  for (int i = 0; i < 4; ++i) s += s8[i] + s8[i + 4];
+  return s;
+}
+
+// n is a multiple of 64.
+FASTPPO_CLONES void tile_max(const float* p, int n, float* lanes, float* max, bool* nan) {
+  vec16 m0 = splat(kNegInf), m1 = m0, m2 = m0, m3 = m0;
+  ivec16 bad = {};
+  for (int i = 0; i < n; i += 64) {
+    vec16 a = load16(p + i), b = load16(p + i + 16), c = load16(p + i + 32), d = load16(p + i + 48);
+    m0 = max16(a, m0), m1 = max16(b, m1), m2 = max16(c, m2), m3 = max16(d, m3);
+    bad |= (a != a) | (b != b) | (c != c) | (d != d);
+  }
+  vec16 m = max16(max16(m0, m1), max16(m2, m3));
+  if (lanes) store16(lanes, m);
+  *max = max_of(m);
+  int any = 0;
+  for (int i = 0; i < 16; ++i) any |= bad[i];
+  *nan = any != 0;
+}
+
+FASTPPO_CLONES void tile_stats(const float* p, int n, float max, float rate, TileStats* out) {
+  vec16 s0 = {}, s1 = {}, d0 = {}, d1 = {};
+  vec16 m = splat(max > kLowest ? max : kLowest), low = splat(kLowest / 2);
+  for (int i = 0; i < n; i += 32) {
+    vec16 a = load16(p + i) - m, b = load16(p + i + 16) - m;
+    vec16 ea = exp16(a * rate), eb = exp16(b * rate);
+    s0 += ea, s1 += eb;
+    d0 += ea * max16(a, low), d1 += eb * max16(b, low);  // 0 * -inf would be NaN
+  }
+  out->sum = sum_of(s0 + s1), out->dot = sum_of(d0 + d1);
+}
+
+// Sum of exp((y - max) * rate) over y >= threshold; with e != nullptr also each term.
+FASTPPO_CLONES void tile_weight(const float* p, int n, float max, float rate, float threshold, float* e, float* sum) {
+  vec16 s0 = {}, s1 = {}, none = {}, low = splat(threshold);
+  for (int i = 0; i < n; i += 32) {
+    vec16 a = load16(p + i), b = load16(p + i + 16);
+    vec16 ea = exp16((a - max) * rate), eb = exp16((b - max) * rate);
+    ea = a >= low ? ea : none, eb = b >= low ? eb : none;
+    s0 += ea, s1 += eb;
+    if (e) store16(e + i, ea), store16(e + i + 16, eb);
+  }
+  *sum = sum_of(s0 + s1);
+}
+
+// e and the histogram bin of every column: bin = (max - y) * rate * kBinsPerNat, kBins for what is below the threshold.
+FASTPPO_CLONES void tile_bins(const float* p, int n, float max, float rate, float threshold, float* e, int* bin) {
+  vec16 low = splat(threshold), last = splat(kBins - 1), out = splat(kBins);
+  for (int i = 0; i < n; i += 16) {
+    vec16 a = load16(p + i);
+    vec16 z = (a - max) * rate;
+    vec16 b = z * -kBinsPerNat;
+    b = b < last ? b : last;
+    b = a >= low ? b : out;
+    store16(e + i, exp16(z));
+    *reinterpret_cast<ivec16*>(bin + i) = __builtin_convertvector(b, ivec16);
+  }
+}
+
+FASTPPO_CLONES void widen(const void* source, int dtype, int64_t n, float* out) {
+  const uint16_t* h = static_cast<const uint16_t*>(source);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store16(out + i, dtype == 1 ? load16_bf16(h + i) : load16_half(h + i));
+  if (i < n) {
+    uint16_t rest[16] = {};
+    std::memcpy(rest, h + i, (n - i) * 2);
+    float wide[16];
+    store16(wide, dtype == 1 ? load16_bf16(rest) : load16_half(rest));
+    std::memcpy(out + i, wide, (n - i) * 4);
+  }
+}
+
+void pad_tail(float* tail, int64_t used) {
+  for (int64_t i = used; i < ((used + 63) & ~int64_t{63}); ++i) tail[i] = kNegInf;
+}
+
+class Sampler {
+ public:
+  Sampler(const Job& job, Scratch& s) : j(job), s(s), V(job.V), tiles((job.V + kTile - 1) / kTile) {
+    s.max_x.resize(tiles), s.sum_x.resize(tiles), s.dot_x.resize(tiles), s.max_y.resize(tiles), s.weight.resize(tiles);
+    s.lane_max.resize(tiles * 16), s.tail.resize(kTile), s.e.resize(kTile), s.bin.resize(kTile);
+    greedy = j.temperature == 0 || j.top_k == 1;
+    adjusted = j.banned || (j.history && j.penalty != 1.0f);
+    rate = greedy ? 1.0f : 1.0f / j.temperature;
+  }
+
+  void run(int64_t b) {
+    load(b);
+    int64_t bad = raw_stats() ? 0 : kBadNumber;
+    if (!bad && adjusted) bad = adjust(b);
+    if (!bad && max_y() == kNegInf) bad = kNothingLeft;
+    if (bad) return write(b, bad, NAN, NAN, NAN);
+    float sampled = 0;
+    int64_t token = greedy ? argmax() : draw(b, &sampled);
+    double c = 1.0 / j.logprob_temperature, log_sum = std::log(sum);
+    write(b, token, sampled, (double(x.at(token)) - max) * c - log_sum, log_sum - c * dot / sum);
+  }
+
+ private:
+  void write(int64_t b, int64_t token, float sampled, double logprob, double entropy) {
+    j.tokens[b] = token, j.sampled[b] = sampled;
+    j.logprob[b] = static_cast<float>(logprob), j.entropy[b] = static_cast<float>(entropy);
+  }
+
+  int64_t tail_start() const { return (tiles - 1) * kTile; }
+
+  void load(int64_t b) {
+    row = static_cast<const char*>(j.logits) + b * j.stride * (j.dtype == 0 ? 4 : 2);
+    if (j.dtype == 0) {
+      const float* p = reinterpret_cast<const float*>(row);
+      std::memcpy(s.tail.data(), p + tail_start(), (V - tail_start()) * 4);
+      pad_tail(s.tail.data(), V - tail_start());
+      x = {p, s.tail.data(), V, tiles};
+    } else {
+      s.x.resize(tiles * kTile);
+      x = {s.x.data(), s.x.data() + tail_start(), V, tiles};
+    }
+    y = x;
+  }
+
+  // Statistics of softmax(x / logprob_temperature), while each tile is in L1. False for NaN or +inf.
+  bool raw_stats() {
+    float c = 1.0f / j.logprob_temperature;
+    bool nan = false;
+    max = kNegInf;
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (j.dtype) {
+        int64_t n = std::min<int64_t>(kTile, V - t * kTile);
+        widen(row + t * kTile * 2, j.dtype, n, s.x.data() + t * kTile);
+        if (n < kTile) pad_tail(s.x.data() + t * kTile, n);
+      }
+      bool bad;
+      tile_max(x.tile(t), x.padded(t), &s.lane_max[t * 16], &s.max_x[t], &bad);
+      nan |= bad;
+      TileStats stats;
+      tile_stats(x.tile(t), x.padded(t), s.max_x[t], c, &stats);
+      s.sum_x[t] = stats.sum, s.dot_x[t] = stats.dot;
+      max = std::max(max, s.max_x[t]);
+    }
+    sum = dot = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (s.max_x[t] == kNegInf) continue;
+      double shift = double(s.max_x[t]) - max, scale = std::exp(shift * c);
+      sum += scale * s.sum_x[t];
+      dot += scale * (s.dot_x[t] + shift * s.sum_x[t]);
+    }
+    std::copy(s.max_x.begin(), s.max_x.begin() + tiles, s.max_y.begin());
+    return !nan && max != -kNegInf;
+  }
+
+  // y = x with the repetition penalty and the bans, and y's maxima.
+  int64_t adjust(int64_t b) {
+    s.y.resize(tiles * kTile);
+    std::memcpy(s.y.data(), x.base, tail_start() * 4);
+    std::memcpy(s.y.data() + tail_start(), x.tail, x.padded(tiles - 1) * 4);
+    y = {s.y.data(), s.y.data() + tail_start(), V, tiles};
+    for (int64_t i = 0; j.history && j.penalty != 1.0f && i < j.L; ++i) {
+      if (!j.history_mask[b * j.L + i]) continue;
+      int64_t token = j.history[b * j.L + i];
+      if (token < 0 || token >= V) return kBadHistory;
+      float old = x.at(token);
+      s.y[token] = old > 0 ? old / j.penalty : old * j.penalty;
+    }
+    const uint8_t* banned = j.banned ? j.banned + b * j.banned_stride : nullptr;
+    for (int64_t i = 0; banned && i < V; ++i) s.y[i] = banned[i] ? kNegInf : s.y[i];
+    bool nan;
+    for (int64_t t = 0; t < tiles; ++t) tile_max(y.tile(t), y.padded(t), &s.lane_max[t * 16], &s.max_y[t], &nan);
+    return 0;
+  }
+
+  float max_y() const { return *std::max_element(s.max_y.begin(), s.max_y.begin() + tiles); }
+
+  int64_t argmax() const {
+    float best = max_y();
+    int64_t t = 0;
+    while (s.max_y[t] != best) ++t;
+    const float* p = y.tile(t);
+    int64_t i = 0;
+    while (p[i] != best) ++i;
+    return t * kTile + i;
+  }
+
+  // The k-th largest of y. `sorted` says whether s.candidates then holds everything >= it, largest first.
+  float kth_largest(int64_t k, bool* sorted) {
+    std::vector<float>& c = s.candidates;
+    *sorted = k <= tiles * 8 && k <= 2048;
+    if (!*sorted) {
+      c.resize(V);
+      std::copy(y.base, y.base + tail_start(), c.begin());
+      std::copy(y.tail, y.tail + (V - tail_start()), c.begin() + tail_start());
+      std::nth_element(c.begin(), c.begin() + (k - 1), c.end(), std::greater<float>());
+      return c[k - 1];
+    }
+    c.assign(s.lane_max.begin(), s.lane_max.begin() + tiles * 16);
+    std::nth_element(c.begin(), c.begin() + (k - 1), c.end(), std::greater<float>());
+    float bound = std::max(c[k - 1], kLowest);
+    c.clear();
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (s.max_y[t] < bound) continue;
+      for (int lane = 0; lane < 16; ++lane) {
+        if (s.lane_max[t * 16 + lane] < bound) continue;
+        const float* p = y.tile(t);
+        for (int i = lane, n = y.padded(t); i < n; i += 16)
+          if (p[i] >= bound) c.push_back(p[i]);
+      }
+    }
+    std::sort(c.begin(), c.end(), std::greater<float>());
+    float kth = static_cast<int64_t>(c.size()) < k ? kLowest : c[k - 1];
+    while (!c.empty() && c.back() < kth) c.pop_back();
+    return kth;
+  }
+
+  double weight_of(float value, float top) const { return std::exp(double((value - top) * rate)); }
+
+  // The smallest value of `c`, largest first, such that what is larger (`above` included) weighs less than `target`.
+  float walk(const std::vector<float>& c, float top, double above, double target) const {
+    double mass = above;
+    size_t i = 0;
+    float kept = c.front();
+    while (i < c.size() && mass < target) {
+      kept = c[i];
+      double each = weight_of(kept, top);
+      for (; i < c.size() && c[i] == kept; ++i) mass += each;
+    }
+    return kept;
+  }
+
+  float top_p_threshold(float top, float threshold, bool sorted) {
+    std::vector<float>& c = s.candidates;
+    if (sorted) {
+      double total = 0;
+      for (float v : c) total += weight_of(v, top);
+      return walk(c, top, 0, j.top_p * total);
+    }
+    s.mass.assign(2 * (kBins + 1), 0.0);
+    double *even = s.mass.data(), *odd = even + kBins + 1;
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (s.max_y[t] < threshold) continue;
+      int n = y.padded(t);
+      tile_bins(y.tile(t), n, top, rate, threshold, s.e.data(), s.bin.data());
+      for (int i = 0; i < n; i += 2) even[s.bin[i]] += s.e[i], odd[s.bin[i + 1]] += s.e[i + 1];
+    }
+    double total = 0, above = 0;
+    for (int i = 0; i < kBins; ++i) total += even[i] += odd[i];
+    int bin = 0, last = 0;
+    for (int i = 0; i < kBins; ++i) last = even[i] > 0 ? i : last;
+    while (bin < last && above + even[bin] < j.top_p * total) above += even[bin++];
+    while (bin < last && even[bin] == 0) ++bin;
+    collect_bin(bin, top, threshold);
+    return walk(c, top, above, j.top_p * total);
+  }
+
+  void collect_bin(int bin, float top, float threshold) {
+    s.candidates.clear();
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (s.max_y[t] < threshold) continue;
+      int n = y.padded(t);
+      const float* p = y.tile(t);
+      tile_bins(p, n, top, rate, threshold, s.e.data(), s.bin.data());
+      for (int i = 0; i < n; ++i)
+        if (s.bin[i] == bin) s.candidates.push_back(p[i]);
+    }
+    std::sort(s.candidates.begin(), s.candidates.end(), std::greater<float>());
+  }
+
+  int64_t draw(int64_t b, float* sampled) {
+    float top = max_y(), threshold = kLowest;
+    bool sorted = false;
+    if (j.top_k > 0 && j.top_k < V) threshold = std::max(threshold, kth_largest(j.top_k, &sorted));
+    if (j.top_p < 1) threshold = std::max(threshold, top_p_threshold(top, threshold, sorted));
+    if (j.min_p > 0) threshold = std::max(threshold, static_cast<float>(top + std::log(j.min_p) * j.temperature));
+    double total = tile_weights(top, threshold);
+    Uniforms u = philox_uniforms(j.seeds[b], j.positions[b]);
+    int64_t t = first_above(s.weight.data(), tiles, total * u.tile);
+    float weight;
+    tile_weight(y.tile(t), y.padded(t), top, rate, threshold, s.e.data(), &weight);
+    double inside = 0;
+    int n = y.padded(t);
+    for (int i = 0; i < n; ++i) inside += s.e[i];
+    int64_t token = t * kTile + first_above(s.e.data(), n, inside * u.token);
+    *sampled = static_cast<float>(double((y.at(token) - top) * rate) - std::log(total));
+    return token;
+  }
+
+  double tile_weights(float top, float threshold) {
+    bool reuse = !adjusted && threshold == kLowest && j.temperature == j.logprob_temperature;
+    double total = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      float w = 0;
+      if (reuse) {
+        w = s.max_x[t] == kNegInf ? 0 : s.sum_x[t] * std::exp((double(s.max_x[t]) - top) * rate);
+      } else if (s.max_y[t] >= threshold) {
+        tile_weight(y.tile(t), y.padded(t), top, rate, threshold, nullptr, &w);
+      }
+      total += s.weight[t] = w;
+    }
+    return total;
+  }
+
+  // The first index whose running sum exceeds `target`; the last with weight if rounding leaves none.
+  template <typename W>
+  static int64_t first_above(const W* weight, int64_t n, double target) {
+    double running = 0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      running += weight[i];
+      if (running > target) return i;
+      if (weight[i] > 0) last = i;
+    }
+    return last;
+  }
+
+  const Job& j;
+  Scratch& s;
+  int64_t V, tiles;
+  bool greedy, adjusted;
+  float rate;
+  const char* row = nullptr;
+  Row x{}, y{};
+  float max = 0;
+  double sum = 0, dot = 0;
+};
+
+void sampling(uintptr_t logits, int dtype, int64_t B, int64_t V, int64_t stride, uintptr_t seeds, uintptr_t positions,
+              uintptr_t history, uintptr_t history_mask, int64_t L, uintptr_t banned, int64_t banned_stride,
+              double temperature, int64_t top_k, double top_p, double min_p, double penalty, double logprob_temperature,
+              uintptr_t tokens, uintptr_t sampled, uintptr_t logprob, uintptr_t entropy) {
+  Job job{reinterpret_cast<const void*>(logits), dtype, B, V, stride,
+          reinterpret_cast<const int64_t*>(seeds), reinterpret_cast<const int64_t*>(positions),
+          reinterpret_cast<const int64_t*>(history), reinterpret_cast<const uint8_t*>(history_mask), L,
+          reinterpret_cast<const uint8_t*>(banned), banned_stride, static_cast<float>(temperature), top_k, top_p, min_p,
+          static_cast<float>(penalty), static_cast<float>(logprob_temperature), reinterpret_cast<int64_t*>(tokens),
+          reinterpret_cast<float*>(sampled), reinterpret_cast<float*>(logprob), reinterpret_cast<float*>(entropy)};
+  pybind11::gil_scoped_release release;
+  parallel_for(B, V, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    Sampler sampler(job, scratch);
+    for (int64_t b = begin; b < end; ++b) sampler.run(b);
+  });
+}
+
+}  // namespace
+
+void bind_sampling(pybind11::module_& m) { m.def("sampling", &sampling, "kernels/sampling.py"); }
+
+}  // namespace fastppo
