@@ -1,0 +1,314 @@
+"""Prompts in, Rollout out: `Generator(model, tokenizer).generate(prompts, max_new_tokens=64, do_sample=True)`."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fastppo import attention
+from fastppo.attention.paged import KVCache
+from fastppo.data import Rollout
+from fastppo.generation import fallback
+from fastppo.generation.block_manager import BlockManager
+from fastppo.generation.model_runner import ModelRunner, Output
+from fastppo.generation.params import GenerationParams, resolve
+from fastppo.generation.probe import probe
+from fastppo.generation.sampler import Sampler
+from fastppo.generation.scheduler import Prefill, Scheduler
+from fastppo.generation.sequence import Sequence, group_equal_prompts
+from fastppo.generation.stopping import Stopping
+
+log = logging.getLogger(__name__)
+_MASK64 = (1 << 64) - 1
+
+
+class Generator:
+    """Rolls out a causal language model with its own parameters: no copy, no second engine.
+
+    model: a transformers causal LM, or one inside PEFT, value-head (`.pretrained_model`, `.v_head`) or DDP wrappers.
+    block_size: tokens per KV page.   max_num_seqs: most sequences decoded together.   max_num_batched_tokens: most prompt
+    tokens read in one forward pass.   num_blocks / kv_cache_bytes: size of the KV cache; None takes what the call can
+    use, at most half of the free memory.   share_prefixes: equal beginnings of prompts are computed once.
+    A model outside transformers' attention interface, and an argument that needs it (beams, assisted generation), goes
+    to `model.generate`; that is logged once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer=None,
+        *,
+        block_size: int = 16,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        num_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
+        share_prefixes: bool = True,
+    ):
+        sizes = {"block_size": block_size, "max_num_seqs": max_num_seqs, "num_blocks": num_blocks}
+        sizes |= {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_bytes": kv_cache_bytes}
+        for name, x in sizes.items():
+            if x is not None and (not isinstance(x, int) or x < 1):
+                raise ValueError(f"Generator: {name} must be a positive int; got {x!r}")
+        self.model, self.tokenizer = model, tokenizer
+        self.block_size, self.share_prefixes = block_size, share_prefixes
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.num_blocks, self.kv_cache_bytes = num_blocks, kv_cache_bytes
+        self.block_manager: BlockManager | None = None  # of the last rollout: every page is free after it
+        self.num_preemptions = 0  # of the last rollout
+        self._layers = None
+        self._said: set[str] = set()
+
+    def generate(
+        self,
+        prompts: list[torch.Tensor],
+        *,
+        seed: int | None = None,
+        logprob_temperature: float = 1.0,
+        **generation_kwargs,
+    ) -> Rollout:
+        """Responses for B prompts (1-D int64, any lengths), num_return_sequences each, in order.
+
+        generation_kwargs: what `model.generate` takes; max_new_tokens may also be a list with one number per prompt.
+        seed: None draws one from torch's default generator, so `set_seed` reproduces. A response depends on the seed,
+        its index and its prompt, not on the rest of the batch.   logprob_temperature: divides the logits in
+        `logprobs_BT` and `entropies_BT` (the policy that PPO trains).
+        Raises ValueError for an empty or malformed prompt, an unknown argument (naming the nearest), a length beyond the
+        model's positions, or a KV cache that can't hold one sequence.
+        """
+        inner = attention.unwrap(self.model)
+        limits = generation_kwargs.get("max_new_tokens")
+        if isinstance(limits, (list, tuple, torch.Tensor)):
+            limits = [int(x) for x in limits]
+            generation_kwargs["max_new_tokens"] = max(limits, default=1)
+        params = resolve(inner, self.tokenizer, generation_kwargs, logprob_temperature)
+        prompts = _checked(prompts, inner)
+        n = params.num_return_sequences
+        limits = _limits(prompts, params, limits if isinstance(limits, list) else None)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        with _eval_mode(self.model), torch.no_grad():
+            if self._layers is None and not params.slow:
+                self._layers = probe(inner)
+            why = params.slow or (self._layers if isinstance(self._layers, str) else None)
+            if why is not None:
+                self._say(why)
+                return fallback.generate(
+                    inner, self.model, prompts, params, [x for x in limits for _ in range(n)], seed
+                )
+            _check_positions(inner, prompts, limits)
+            rows = [(p.tolist(), limit) for p, limit in zip(prompts, limits, strict=True) for _ in range(n)]
+            seeds = [_sequence_seed(seed, i) for i in range(len(rows))]
+            groups = group_equal_prompts([r[0] for r in rows], [r[1] for r in rows], seeds)
+            if not self.share_prefixes:
+                groups = [part for group in groups for part in group.split(1)]
+            with attention.install(inner):
+                return self._roll_out(inner, [p for p in prompts for _ in range(n)], groups, params)
+
+    def _say(self, why: str) -> None:
+        if why not in self._said:
+            self._said.add(why)
+            log.warning("generate: using model.generate because %s", why)
+
+    def _roll_out(self, model, prompts, groups: list[Sequence], params: GenerationParams) -> Rollout:
+        self.block_manager = BlockManager(self._num_blocks(groups), self.block_size, self.share_prefixes)
+        scheduler = Scheduler(self.block_manager, self.max_num_seqs, self.max_num_batched_tokens)
+        runner = ModelRunner(
+            model, getattr(self.model, "v_head", None), self._layers, self.block_manager.num_blocks, self.block_size
+        )
+        record = Record(len(prompts), params.pad)
+        loop = Loop(scheduler, runner, Sampler(params, model, runner.device), Stopping(params, runner.device), record)
+        try:
+            for group in groups:
+                scheduler.add(group)
+            with runner.watching_head():
+                while not scheduler.is_finished:
+                    loop.step()
+            return record.rollout(prompts)
+        finally:
+            scheduler.abort()
+            self.num_preemptions = scheduler.num_preemptions
+
+    def _num_blocks(self, groups: list[Sequence]) -> int:
+        """Pages that all sequences of the call could use together, within the budget."""
+        if self.num_blocks is not None:
+            return self.num_blocks
+        wanted = sum(-(-(seq.prompt_length + limit) // self.block_size) for seq in groups for limit in seq.limits)
+        budget = self.kv_cache_bytes
+        if budget is None:
+            budget = _free_memory(attention.unwrap(self.model)) // 2
+        return max(1, min(wanted, budget // KVCache.block_bytes(self._layers, self.block_size)))
+
+
+class Loop:
+    """One step after the other: schedule, run, sample, stop."""
+
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, stopping: Stopping, record: "Record"
+    ):
+        self.scheduler, self.runner, self.sampler, self.stopping = scheduler, runner, sampler, stopping
+        self.record = record
+
+    def step(self) -> None:
+        step = self.scheduler.schedule()
+        if isinstance(step, Prefill):
+            output = self.runner.prefill(step.chunks)
+            ends = [chunk.seq for chunk in step.chunks if chunk.is_last]
+            repeats = [len(seq.rows) for seq in ends]
+            seqs = self.scheduler.prefilled(step)
+            if seqs:
+                self._sample(seqs, _repeat(output, repeats))
+        else:
+            self.runner.cache.copy_blocks(step.copies)
+            self._sample(step.seqs, self.runner.decode(self.runner.state(step.seqs)))
+
+    def _sample(self, seqs: list[Sequence], output: Output) -> None:
+        device = output.logits_BV.device
+        seeds_B = torch.tensor([seq.seed for seq in seqs], device=device)
+        positions_B = torch.tensor([len(seq) for seq in seqs], device=device)
+        drawn = self.sampler(output.logits_BV, seqs, seeds_B, positions_B)
+        tokens = drawn.tokens_B.tolist()
+        reasons = self.stopping(seqs, tokens, output.logits_BV)
+        self.record.add(seqs, drawn, output.values_B)
+        for seq, reason in zip(seqs, reasons, strict=True):
+            if reason is not None:
+                self.record.finish_reasons[seq.row] = reason
+        self.scheduler.append(seqs, tokens, reasons)
+
+
+class Record:
+    """What was sampled, step by step; one scatter at the end makes the Rollout."""
+
+    def __init__(self, B: int, pad: int):
+        self.finish_reasons = ["length"] * B
+        self._pad = pad
+        self._rows: list[int] = []
+        self._columns: list[int] = []
+        self._steps: list[tuple[torch.Tensor, ...]] = []
+
+    def add(self, seqs: list[Sequence], drawn, values_B: torch.Tensor | None) -> None:
+        self._rows += [seq.row for seq in seqs]
+        self._columns += [seq.num_new for seq in seqs]
+        numbers = (drawn.tokens_B, drawn.logprob_B, drawn.sampled_logprob_B, drawn.entropy_B)
+        self._steps.append(numbers if values_B is None else (*numbers, values_B))
+
+    def rollout(self, prompts: list[torch.Tensor]) -> Rollout:
+        device = self._steps[0][0].device
+        index = torch.tensor(self._rows, device=device), torch.tensor(self._columns, device=device)
+        shape = len(prompts), max(self._columns) + 1
+        columns = []
+        for numbers in zip(*self._steps, strict=True):
+            flat = torch.cat(numbers)
+            out = flat.new_full(shape, self._pad if flat.dtype == torch.int64 else 0)
+            columns.append(out.index_put_(index, flat))
+        tokens, logprobs, sampled, entropies, *values = columns
+        mask = torch.zeros(shape, dtype=torch.bool, device=device).index_put_(index, torch.tensor(True, device=device))
+        return Rollout(
+            prompts, tokens, mask, logprobs, sampled, values[0] if values else None, entropies, self.finish_reasons
+        )
+
+
+def _repeat(output: Output, repeats: list[int]) -> Output:
+    """A row for each response of each prompt."""
+    if all(n == 1 for n in repeats):
+        return output
+    index = torch.repeat_interleave(torch.tensor(repeats)).to(output.logits_BV.device)
+    return Output(*(x if x is None else x[index] for x in output))
+
+
+def _checked(prompts, model) -> list[torch.Tensor]:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if isinstance(prompts, torch.Tensor) or not isinstance(prompts, (list, tuple)) or not prompts:
+        raise ValueError(
+            f"generate: prompts must be a non-empty list of 1-D int64 tensors; got {type(prompts).__name__}"
+        )
+    checked = []
+    for i, prompt in enumerate(prompts):
+        prompt = torch.as_tensor(prompt)
+        if prompt.dim() != 1 or prompt.is_floating_point() or len(prompt) == 0:
+            got = f"{prompt.dtype} {tuple(prompt.shape)}"
+            raise ValueError(f"generate: prompt {i} must be a 1-D integer tensor with at least one token; got {got}")
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
+            raise ValueError(
+                f"generate: prompt {i} has tokens from {int(prompt.min())} to {int(prompt.max())}; "
+                f"the model's vocabulary is 0 .. {vocabulary - 1}"
+            )
+        checked.append(prompt.long())
+    return checked
+
+
+def _limits(prompts, params: GenerationParams, given: list[int] | None) -> list[int]:
+    if given is not None and len(given) != len(prompts):
+        raise ValueError(f"generate: max_new_tokens has {len(given)} numbers for {len(prompts)} prompts")
+    limits = given or [params.max_new_tokens(len(prompt)) for prompt in prompts]
+    for i, limit in enumerate(limits):
+        if limit < 1:
+            raise ValueError(
+                f"generate: prompt {i} of {len(prompts[i])} tokens leaves {limit} new tokens; "
+                "raise max_new_tokens (or max_length)"
+            )
+    return limits
+
+
+def _check_positions(model, prompts, limits) -> None:
+    """Learned positions end; raise before an index error in the middle of a rollout."""
+    table = _position_table(model)
+    if table is None:
+        return
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if len(prompt) + limit - 1 > table:
+            raise ValueError(
+                f"generate: prompt {i} of {len(prompt)} tokens and {limit} new ones need {len(prompt) + limit - 1} "
+                f"positions; {type(model).__name__} has {table}. Cut the prompt or lower max_new_tokens"
+            )
+
+
+def _position_table(model) -> int | None:
+    """How many learned positions the model has; None when positions are computed."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None:
+        return None
+    words = model.get_input_embeddings().weight
+    for module in model.modules():
+        # OPT's table has two more rows than positions
+        if (
+            isinstance(module, nn.Embedding)
+            and module.weight is not words
+            and 0 <= module.num_embeddings - longest <= 2
+        ):
+            return longest
+    return None
+
+
+def _sequence_seed(seed: int, index: int) -> int:
+    """A well-mixed int64 from (seed, index): splitmix64 (Steele et al., OOPSLA 2014)."""
+    x = (seed * 0x9E3779B97F4A7C15 + (index + 1) * 0xD1342543DE82EF95) & _MASK64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK64
+    return (x ^ (x >> 31)) >> 1
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _free_memory(model) -> int:
+    device = model.get_input_embeddings().weight.device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return 4 << 30

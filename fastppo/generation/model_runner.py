@@ -1,0 +1,129 @@
+"""Runs the policy on the scheduler's steps: prompts into pages, then one token per sequence from them.
+
+Suffixes: N tokens of a step, B sequences of a step, M pages per sequence, V vocabulary, D hidden.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from fastppo.attention.layout import Packed, using
+from fastppo.attention.paged import KVCache, LayerSpec, PagedDecode, PagedPrefill
+from fastppo.generation.scheduler import Chunk
+from fastppo.generation.sequence import Sequence
+
+
+class Output(NamedTuple):
+    """Of the last token of each sequence."""
+
+    logits_BV: torch.Tensor
+    values_B: torch.Tensor | None
+
+
+class DecodeState(NamedTuple):
+    """The sequences of a decode step as tensors; `advance` moves all of them by a token."""
+
+    tokens_B: torch.Tensor
+    positions_B: torch.Tensor  # int64, of the token that is read
+    block_tables_BM: torch.Tensor
+    context_lens_B: torch.Tensor
+    rows_B: torch.Tensor
+
+
+class ModelRunner:
+    """One rollout on `model` (unwrapped, in eval mode, our attention installed)."""
+
+    def __init__(self, model, v_head, layers: list[LayerSpec], num_blocks: int, block_size: int):
+        self.model, self.v_head = model, v_head
+        self.device = model.get_input_embeddings().weight.device
+        self.block_size = block_size
+        self.cache = KVCache(layers, num_blocks, block_size, self.device)
+        self._keeps_logits = model._supports_logits_to_keep()
+        self._hidden: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def watching_head(self):
+        """The value head reads what the output embedding reads: catch it on its way."""
+        if self.v_head is None:
+            yield
+            return
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: self._hidden.append(args[0])
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._hidden.clear()
+
+    def prefill(self, chunks: list[Chunk]) -> Output | None:
+        """Read the chunks; the output has a row for each chunk that ends its sequence, None when none does."""
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device)
+        packed = Packed(cu_seqlens, max(lengths), lengths)
+        tokens_N = self._int64([token for seq, start, stop in chunks for token in seq.tokens[start:stop]])
+        positions_N = self._int64([i for _, start, stop in chunks for i in range(start, stop)])
+        layout = PagedPrefill(
+            self.cache,
+            packed,
+            self._int64([self._slot(seq, i) for seq, start, stop in chunks for i in range(start, stop)]),
+            self._tables([chunk.seq for chunk in chunks]),
+            torch.tensor([chunk.stop for chunk in chunks], dtype=torch.int32, device=self.device),
+            any(chunk.start for chunk in chunks),
+        )
+        ends = cu_seqlens[1:].tolist()
+        last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
+        with using(layout):
+            return self._forward(tokens_N, positions_N, self._int64(last))
+
+    def decode(self, state: DecodeState) -> Output:
+        """Read the last token of every sequence."""
+        tables_BM, positions_B = state.block_tables_BM, state.positions_B
+        pages_B = tables_BM.gather(1, (positions_B // self.block_size)[:, None])[:, 0]
+        slots_B = pages_B.long() * self.block_size + positions_B % self.block_size
+        with using(PagedDecode(self.cache, slots_B, tables_BM, state.context_lens_B)):
+            return self._forward(state.tokens_B, positions_B, None)
+
+    def _forward(self, tokens_N, positions_N, keep: torch.Tensor | None) -> Output:
+        self._hidden.clear()
+        options = {} if keep is None or not self._keeps_logits else {"logits_to_keep": keep}
+        logits_BV = self.model(
+            input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False, **options
+        ).logits[0]
+        hidden_BD = self._hidden[0][0] if self._hidden else None
+        if keep is not None and not self._keeps_logits:
+            logits_BV = logits_BV[keep]
+            hidden_BD = hidden_BD if hidden_BD is None else hidden_BD[keep]
+        return Output(logits_BV, self._values(hidden_BD))
+
+    def _values(self, hidden_BD: torch.Tensor | None) -> torch.Tensor | None:
+        if hidden_BD is None:
+            return None
+        weight = next(self.v_head.parameters(), None)
+        if weight is not None:
+            hidden_BD = hidden_BD.to(weight.device, weight.dtype)
+        return self.v_head(hidden_BD).float().view(-1)
+
+    # -- tensors from sequences
+
+    def state(self, seqs: list[Sequence]) -> DecodeState:
+        lengths = [len(seq) for seq in seqs]
+        return DecodeState(
+            self._int64([seq.tokens[-1] for seq in seqs]),
+            self._int64([n - 1 for n in lengths]),
+            self._tables(seqs),
+            torch.tensor(lengths, dtype=torch.int32, device=self.device),
+            self._int64([seq.row for seq in seqs]),
+        )
+
+    def _tables(self, seqs: list[Sequence]) -> torch.Tensor:
+        width = max(len(seq.block_table) for seq in seqs)
+        rows = [seq.block_table + [0] * (width - len(seq.block_table)) for seq in seqs]
+        return torch.tensor(rows, dtype=torch.int32, device=self.device)
+
+    def _slot(self, seq: Sequence, i: int) -> int:
+        return seq.block_table[i // self.block_size] * self.block_size + i % self.block_size
+
+    def _int64(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
