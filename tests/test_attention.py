@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny
+from architectures import ARCHITECTURES, tiny
 
 from fastppo import attention
 from fastppo.attention import backends

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny
+from architectures import ARCHITECTURES, tiny
 
 from fastppo.generation import Generator
 

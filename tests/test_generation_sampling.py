@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import tiny
+from architectures import tiny
 
 from fastppo.generation import Generator
 

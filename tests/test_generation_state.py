@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
+from architectures import tiny
 from test_generation_greedy import greedy_by_transformers, logprobs_by_full_pass, make_prompts
-from tiny_models import tiny
 
 from fastppo.generation import Generator
 

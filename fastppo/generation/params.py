@@ -13,8 +13,14 @@ from typing import Any
 
 from fastppo.kernels.sampling import SamplingOptions
 
-# GenerationConfig fields that our sampler does itself; any other processor is transformers'
-_OURS = ("repetition_penalty", "min_length", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
+# fields that need transformers' processors, with the values that switch them off (as does None)
+_PROCESSOR_FIELDS: dict[str, tuple] = {
+    **dict.fromkeys(("sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "top_h"), ()),
+    **dict.fromkeys(("remove_invalid_values", "renormalize_logits"), (False,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff"), (0,)),
+    "typical_p": (1.0,),
+}
 # arguments of model.generate that are not GenerationConfig fields
 _ARGUMENTS = {"logits_processor", "stopping_criteria", "tokenizer", "generation_config"}
 _SLOW_ARGUMENTS = {"prefix_allowed_tokens_fn", "assistant_model", "streamer", "negative_prompt_ids", "custom_generate"}
@@ -64,14 +70,9 @@ class GenerationParams:
         return bool(self.logits_processor) or any(map(self._set, _PROCESSOR_FIELDS))
 
     def _set(self, name: str) -> bool:
-        return getattr(self.config, name, None) not in (None, False, 0, 1.0)
+        return getattr(self.config, name, None) not in (None, *_PROCESSOR_FIELDS[name])
 
 
-_PROCESSOR_FIELDS = (
-    *("sequence_bias", "no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
-    *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
-    *("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "renormalize_logits"),
-)
 _AFTER_WARPERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
