@@ -62,7 +62,9 @@ def with_eos(tokenizer: Any, text: str) -> str:
 
 def common_prefix(first: list[int], second: list[int]) -> int:
     """Number of leading tokens that are the same."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def prompt_ids(row: dict, tokenizer: Any, text_field: str = "text") -> list[int]:

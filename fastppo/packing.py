@@ -31,7 +31,7 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-class Packed(NamedTuple):
+class PackedBatch(NamedTuple):
     """A padded batch without its padding.
 
     tokens_1N, positions_1N: int64; positions restart at 0 in every sequence. cu_seqlens: int32 [B + 1].
@@ -49,7 +49,7 @@ class Packed(NamedTuple):
         return values_BT[self.kept_BT]
 
 
-def pack(tokens_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> Packed:
+def pack(tokens_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> PackedBatch:
     """`tokens_BT` where `mask_BT` (1 or True = a token), sequence after sequence; padding may be on either side."""
     kept_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
     if kept_BT.shape != tokens_BT.shape:
@@ -61,4 +61,4 @@ def pack(tokens_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> Packed
     cu_seqlens = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0)).int()
     positions_BT = kept_BT.cumsum(1) - 1
     longest = int(lengths_B.max()) if lengths_B.numel() else 0
-    return Packed(tokens_BT[kept_BT][None], positions_BT[kept_BT][None], cu_seqlens, longest, kept_BT)
+    return PackedBatch(tokens_BT[kept_BT][None], positions_BT[kept_BT][None], cu_seqlens, longest, kept_BT)

@@ -31,6 +31,12 @@ class BaseConfig(TrainingArguments):
         # non-reentrant: works with frozen embeddings under an adapter and keeps the packed layout of the forward
         if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        # transformers 5.23 renamed the fields and warns about the old names; it mirrors the new values into them
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if getattr(self, new, self) is None:
+                setattr(self, new, getattr(self, old))
+                setattr(self, old, None)
         super().__post_init__()
 
 

@@ -1,0 +1,159 @@
+"""What SFTTrainer and RewardTrainer share: model and tokenizer by name, adapters, tokenised datasets, metrics."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, Trainer
+
+from fastppo.chat import load_chat_template, set_special_tokens
+from fastppo.packed_model import PackedModel
+from fastppo.training_args import SupervisedConfig, adopt
+
+
+class Run(NamedTuple):
+    """Model, configuration and tokenizer, ready for transformers.Trainer."""
+
+    model: nn.Module
+    args: SupervisedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def prepare_run(
+    config_class: type,
+    auto_class: Any,
+    model: Any,
+    args: Any,
+    tokenizer: Any,
+    quantization_config: Any = None,
+    peft_config: Any = None,
+    **init_kwargs: Any,
+) -> Run:
+    """Load what was given by name, set special tokens and chat template, put the adapter on."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+    args = adopt(config_class, args, name)
+    if isinstance(model, str):
+        init_kwargs = {"dtype": "auto", **init_kwargs, **(args.model_init_kwargs or {})}
+        if quantization_config is not None:
+            init_kwargs["quantization_config"] = quantization_config
+        model = auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code, **init_kwargs)
+    elif args.model_init_kwargs or quantization_config is not None:
+        raise ValueError(
+            f"{config_class.__name__}: model_init_kwargs and quantization_config apply to a model given by name; "
+            f"got a {type(model).__name__}"
+        )
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    elif isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
+    if args.chat_template_path:
+        load_chat_template(tokenizer, args.chat_template_path)
+    set_special_tokens(tokenizer, eos_token=args.eos_token, pad_token=args.pad_token)
+    return Run(add_adapter(model, peft_config, args), args, tokenizer)
+
+
+def add_adapter(model: nn.Module, peft_config: Any, args: Any) -> nn.Module:
+    """`model` with a new adapter, or as it is; quantised base models are prepared for training first."""
+    if peft_config is None:
+        return model
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: the model has an adapter already; merge it first or pass no peft_config")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+    return get_peft_model(model, peft_config)
+
+
+def is_streaming(dataset: Any) -> bool:
+    from datasets import IterableDataset
+
+    return isinstance(dataset, IterableDataset)
+
+
+def tokenise(dataset: Any, function: Callable, args: SupervisedConfig, what: str, **options: Any) -> Any:
+    """`dataset.map(function)`, in parallel and with a progress bar where the dataset is not streamed."""
+    if not is_streaming(dataset):
+        options |= {"num_proc": args.dataset_num_proc, "desc": what}
+    return dataset.map(function, **options)
+
+
+def keep_rows(dataset: Any, function: Callable, args: SupervisedConfig, what: str) -> Any:
+    options = {} if is_streaming(dataset) else {"num_proc": args.dataset_num_proc, "desc": what}
+    return dataset.filter(function, **options)
+
+
+def each_split(dataset: Any, function: Callable) -> Any:
+    """function(dataset), for every split of a dict of datasets, None for None."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: function(split) for name, split in dataset.items()}
+    return function(dataset)
+
+
+def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:
+    """int64 [B, T], right-padded with `value`."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).long()
+
+
+class MeanMetrics:
+    """Sums and counts by metric name, for training and evaluation apart; `drain` gives means over all processes."""
+
+    def __init__(self):
+        self._sums: dict[str, dict[str, list]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    def add(self, mode: str, name: str, total: torch.Tensor | float, count: torch.Tensor | float) -> None:
+        self._sums[mode][name].append((total, count))
+
+    def drain(self, mode: str, accelerator: Any) -> dict[str, float]:
+        means = {}
+        for name, pairs in sorted(self._sums[mode].items()):
+            both = torch.tensor([[float(total), float(count)] for total, count in pairs]).sum(0)
+            total, count = accelerator.reduce(both.to(accelerator.device), "sum").tolist()
+            means[name] = total / count if count else float("nan")
+        self._sums[mode].clear()
+        return means
+
+
+class PackedTrainer(Trainer):
+    """transformers.Trainer whose model runs on packed batches, with metrics beside the loss.
+
+    A subclass calls `_start(model)` when __init__ is done.
+    """
+
+    def _start(self) -> None:
+        self._metrics = MeanMetrics()
+        self._new_tokens = 0
+        self._packed = PackedModel(self.accelerator.unwrap_model(self.model))
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _this_step_is_logged(self) -> bool:
+        step, args = self.state.global_step + 1, self.args
+        if self._mode == "eval" or args.logging_strategy == "epoch":
+            return True
+        return step % max(self.state.logging_steps, 1) == 0 or (step == 1 and args.logging_first_step)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        with self._packed.attention():  # the backward pass, too: checkpointed layers run again there
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode, means = self._mode, {}
+        if "train_runtime" not in logs:
+            means = self._metrics.drain(mode, self.accelerator)
+            before = next((x["num_tokens"] for x in reversed(self.state.log_history) if "num_tokens" in x), 0.0)
+            count = torch.tensor(float(self._new_tokens), device=self.accelerator.device)
+            means["num_tokens"] = before + float(self.accelerator.reduce(count, "sum"))
+            self._new_tokens = 0 if mode == "train" else self._new_tokens
+        prefix = "" if mode == "train" else "eval_"
+        super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)
