@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
+from fastppo.attention import unwrap
 from fastppo.chat import pair_ids
 from fastppo.packing import pack
 from fastppo.supervised import PackedTrainer, each_split, keep_rows, pad_rows, prepare_run, tokenise
@@ -87,7 +88,10 @@ class RewardTrainer(PackedTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.model_accepts_loss_kwargs = False  # older transformers read this, newer ones loss_is_scaled_for_ga
-        self._start()
+        inner = unwrap(model)
+        self._start(
+            None if hasattr(inner, "score") else f"{type(inner).__name__} has no score layer over a causal backbone"
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -108,7 +112,7 @@ class RewardTrainer(PackedTrainer):
     def rewards(self, model, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """Reward of each sequence, [B]: the score of its last token that is not the padding token."""
         packed = self._packed
-        if packed.why_padded or not hasattr(packed.inner, "score"):
+        if packed.why_padded:
             return model(input_ids=tokens_BT, attention_mask=mask_BT).logits[:, 0]
         batch = pack(tokens_BT, mask_BT)
         last_B = last_tokens(tokens_BT, mask_BT, packed.inner.config.pad_token_id)

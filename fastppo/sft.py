@@ -5,23 +5,26 @@ loss = - sum over labelled tokens of log p(token | tokens before) / their number
 computed by `linear_logprob` on packed sequences, at labelled positions only: there is no padding and no logits tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from fastppo.chat import sft_ids
-from fastppo.kernels.linear_logprob import linear_logprob
-from fastppo.models.head import output_head
-from fastppo.packing import best_fit_decreasing, pack
-from fastppo.supervised import PackedTrainer, each_split, keep_rows, pad_rows, prepare_run, tokenise
+from fastppo.kernels.linear_logprob import Head, linear_logprob
+from fastppo.kernels.logprob import logprob
+from fastppo.models.head import checked_output_head, output_head
+from fastppo.packed_model import PackedModel
+from fastppo.packing import PackedBatch, pack
+from fastppo.sft_data import SFTCollator, prepare_dataset
+from fastppo.supervised import PackedTrainer, each_split, prepare_run
 from fastppo.training_args import SupervisedConfig
 
+logger = logging.getLogger(__name__)
+
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
-_PACKING_BATCH = 1000  # rows packed together: bounds memory, and bins are nearly full already
 _ARGMAX_LOGITS = 2**24  # logits at a time when counting correct tokens: 64 MB in float32
 
 
@@ -126,6 +129,10 @@ class SFTTrainer(PackedTrainer):
         )
         self.model_accepts_loss_kwargs = True  # older transformers read this, newer ones loss_is_scaled_for_ga
         self._start()
+        head = checked_output_head(self._packed.model)
+        self._head_reason = head if isinstance(head, str) else None
+        if self._head_reason:
+            logger.warning("SFTTrainer: logits are computed in full: %s", self._head_reason)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -148,26 +155,25 @@ class SFTTrainer(PackedTrainer):
         scored_N = labels_N != -100
         targets = labels_N[scored_N]
 
-        def forward():
-            hidden = self._packed.hidden(tokens_BT, batch)[scored_N]
-            head = output_head(self._packed.model)
-            return hidden, head, linear_logprob(hidden, head, targets)
+        def forward() -> Predictions:
+            return predict(self._packed, self._head_reason, tokens_BT, batch, scored_N, targets)
 
         with self.accelerator.autocast():
-            hidden, head, scores = self._packed.call(model, forward)
-        self._record(hidden.detach(), head, targets, scores, batch)
+            scores = self._packed.call(model, forward)
+        self._record(scores, batch)
+        total = -scores.logprob_R.sum()
         if num_items_in_batch is None:
-            return -scores.logprob_N.sum() / max(targets.numel(), 1)
+            return total / max(targets.numel(), 1)
         # DDP averages gradients over processes; the count is of all of them
-        return -scores.logprob_N.sum() * self.args.world_size / num_items_in_batch
+        return total * self.args.world_size / num_items_in_batch
 
     @torch.no_grad()
-    def _record(self, hidden, head, targets, scores, batch) -> None:
-        self._metrics.add(self._mode, "entropy", scores.entropy_N.detach().sum(), targets.numel())
+    def _record(self, scores: "Predictions", batch: PackedBatch) -> None:
+        self._metrics.add(self._mode, "entropy", scores.entropy_R.detach().sum(), scores.entropy_R.numel())
         if self._mode == "train":
             self._new_tokens += batch.tokens_1N.numel()
         if self._this_step_is_logged():  # a second product with the head
-            self._metrics.add(self._mode, "mean_token_accuracy", count_correct(hidden, head, targets), targets.numel())
+            self._metrics.add(self._mode, "mean_token_accuracy", scores.count_correct(), scores.entropy_R.numel())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -180,109 +186,31 @@ class SFTTrainer(PackedTrainer):
         return loss, logits.detach(), inputs["labels"]
 
 
+class Predictions(NamedTuple):
+    """At the R labelled positions: log-prob of the label and entropy in nats; count_correct() compares the argmax."""
+
+    logprob_R: torch.Tensor
+    entropy_R: torch.Tensor
+    count_correct: Callable[[], int]
+
+
+def predict(model: PackedModel, why_logits: str | None, tokens_BT, batch, scored_N, targets_R) -> Predictions:
+    """Score targets_R at the packed positions scored_N, without logits unless `why_logits` says they are needed."""
+    if why_logits:
+        logits_RV = model.logits(tokens_BT, batch)[scored_N]
+        scores = logprob(logits_RV, targets_R)
+        return Predictions(*scores, lambda: int((logits_RV.argmax(-1) == targets_R).sum()))
+    hidden_RD = model.hidden(tokens_BT, batch)[scored_N]
+    head = output_head(model.model)
+    scores = linear_logprob(hidden_RD, head, targets_R)
+    return Predictions(*scores, lambda: count_correct(hidden_RD.detach(), head, targets_R))
+
+
 @torch.no_grad()
-def count_correct(hidden_ND: torch.Tensor, head: Any, targets_N: torch.Tensor) -> int:
+def count_correct(hidden_RD: torch.Tensor, head: Head, targets_R: torch.Tensor) -> int:
     """How many targets are the most likely token. Scale and soft cap keep the order of the logits."""
     rows = max(_ARGMAX_LOGITS // head.weight_VD.shape[0], 1)
-    correct = 0
-    for start in range(0, len(targets_N), rows):
-        chunk_nD = hidden_ND[start : start + rows].to(head.weight_VD.dtype)
-        best_n = torch.nn.functional.linear(chunk_nD, head.weight_VD, head.bias_V).argmax(-1)
-        correct += int((best_n == targets_N[start : start + rows]).sum())
-    return correct
-
-
-class SFTCollator:
-    """Rows to right-padded `input_ids`, `attention_mask`, `labels`; a packed row gives each of its sequences a line."""
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        tokens, labels = [], []
-        for row in rows:
-            start = 0
-            for length in row.get("seq_lengths") or [len(row["input_ids"])]:
-                tokens.append(row["input_ids"][start : start + length])
-                labels.append(row["labels"][start : start + length])
-                start += length
-        return {
-            "input_ids": pad_rows(tokens, self.pad_token_id),
-            "attention_mask": pad_rows([[1] * len(row) for row in tokens], 0),
-            "labels": pad_rows(labels, -100),
-        }
-
-
-def prepare_dataset(
-    dataset: Any, tokenizer: Any, args: SFTConfig, packing: bool, formatting_func: Callable | None = None
-) -> Any:
-    """Rows with `input_ids` and `labels`, no longer than max_length, packed when asked."""
-    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        return dataset
-    with args.main_process_first(desc="tokenising", local=False):
-        if formatting_func is not None:
-            name = args.dataset_text_field
-            dataset = tokenise(dataset, lambda row: {name: formatting_func(row)}, args, "Formatting")
-        options = {
-            "tokenizer": tokenizer,
-            "text_field": args.dataset_text_field,
-            "completion_only": args.completion_only_loss,
-            "assistant_only": args.assistant_only_loss,
-        }
-        if args.assistant_only_loss:
-            check_generation_marks(dataset, tokenizer)
-        dataset = tokenise(dataset, sft_ids, args, "Tokenising", fn_kwargs=options)
-        split = packing and args.packing_strategy != "bfd"
-        if args.max_length is not None and not split:
-            dataset = tokenise(dataset, truncate, args, "Truncating", fn_kwargs={"args": args})
-        dataset = keep_rows(dataset, has_label, args, "Dropping rows without a label")
-        if args.shuffle_dataset:
-            dataset = dataset.shuffle(seed=args.seed)
-        return pack_dataset(dataset, args) if packing else dataset
-
-
-def check_generation_marks(dataset: Any, tokenizer: Any) -> None:
-    row = next(iter(dataset))
-    conversational = isinstance(row.get("messages") or row.get("prompt"), list)
-    if conversational and "generation %}" not in (tokenizer.chat_template or ""):
-        raise ValueError(
-            "SFTConfig: assistant_only_loss needs {% generation %} ... {% endgeneration %} around assistant turns in the "
-            "chat template; this tokenizer's template has none. Use a prompt + completion dataset, or another template"
-        )
-
-
-def truncate(row: dict, args: SFTConfig) -> dict:
-    part = slice(None, args.max_length) if args.truncation_mode == "keep_start" else slice(-args.max_length, None)
-    return {"input_ids": row["input_ids"][part], "labels": row["labels"][part]}
-
-
-def has_label(row: dict) -> bool:
-    """Whether the loss sees any token: the first one is never predicted."""
-    return any(label != -100 for label in row["labels"][1:])
-
-
-def pack_dataset(dataset: Any, args: SFTConfig) -> Any:
-    """Rows of up to max_length tokens with `seq_lengths` (one long stream cut in pieces for "wrapped")."""
-    columns = list(next(iter(dataset)))
-    options = {"batched": True, "batch_size": _PACKING_BATCH, "remove_columns": columns, "fn_kwargs": {"args": args}}
-    return tokenise(dataset, pack_rows, args, "Packing", **options)
-
-
-def joined(parts: Iterable[list[int]]) -> list[int]:
-    return list(chain.from_iterable(parts))
-
-
-def pack_rows(rows: dict[str, list], args: SFTConfig) -> dict[str, list]:
-    size = args.max_length
-    pairs = list(zip(rows["input_ids"], rows["labels"], strict=True))
-    if args.packing_strategy == "wrapped":
-        ids, labels = (joined(pair[i] for pair in pairs) for i in (0, 1))
-        cuts = range(0, len(ids), size)
-        return {"input_ids": [ids[i : i + size] for i in cuts], "labels": [labels[i : i + size] for i in cuts]}
-    pieces = [(ids[i : i + size], labels[i : i + size]) for ids, labels in pairs for i in range(0, len(ids), size)]
-    bins = best_fit_decreasing([len(ids) for ids, _ in pieces], size)
-    return {
-        "input_ids": [joined(pieces[i][0] for i in members) for members in bins],
-        "labels": [joined(pieces[i][1] for i in members) for members in bins],
-        "seq_lengths": [[len(pieces[i][0]) for i in members] for members in bins],
-    }
+    weight_VD = head.weight_VD.to(hidden_RD.dtype)
+    bias_V = None if head.bias_V is None else head.bias_V.to(hidden_RD.dtype)
+    parts = zip(hidden_RD.split(rows), targets_R.split(rows), strict=True)
+    return sum(int((torch.nn.functional.linear(h, weight_VD, bias_V).argmax(-1) == t).sum()) for h, t in parts)

@@ -125,13 +125,13 @@ class MeanMetrics:
 class PackedTrainer(Trainer):
     """transformers.Trainer whose model runs on packed batches, with metrics beside the loss.
 
-    A subclass calls `_start(model)` when __init__ is done.
+    A subclass calls `_start()` when __init__ is done.
     """
 
-    def _start(self) -> None:
+    def _start(self, why_padded: str | None = None) -> None:
         self._metrics = MeanMetrics()
         self._new_tokens = 0
-        self._packed = PackedModel(self.accelerator.unwrap_model(self.model))
+        self._packed = PackedModel(self.accelerator.unwrap_model(self.model), why_padded)
 
     @property
     def _mode(self) -> str:

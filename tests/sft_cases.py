@@ -10,7 +10,25 @@ import tempfile
 
 import torch
 
-WORDS = "the a cat dog bird sat ran flew on under over mat tree house it was good bad happy sad very and then we saw".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "under",
+    "over",
+    "mat",
+    "tree",
+    "house",
+    "it",
+    "was",
+]
+WORDS += ["good", "bad", "happy", "sad", "very", "and", "then", "we", "saw"]
 TEMPLATE = (
     "{{ bos_token }} {% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}"
     "{{ m['content'] }} {{ eos_token }} {% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
