@@ -11,7 +11,7 @@ from fastppo.models.wrapper import PreTrainedModelWrapper
 class _LanguageModelWithValueHead(PreTrainedModelWrapper):
     supported_args = VALUE_HEAD_ARGUMENTS
     lm_head_namings: list[str]
-    is_encoder_decoder = False
+    _takes_encoder_decoder = False
 
     def __init__(self, pretrained_model, **kwargs):
         head_kwargs = {name: kwargs.pop(name) for name in self.supported_args if name in kwargs}
@@ -28,9 +28,11 @@ class _LanguageModelWithValueHead(PreTrainedModelWrapper):
                 f"The model does not have a language model head, please use a model that has one: {type(model).__name__} has "
                 f"none of {', '.join(self.lm_head_namings)} and no output embeddings"
             )
-        if getattr(self.config, "is_encoder_decoder", False) != self.is_encoder_decoder:
+        if getattr(self.config, "is_encoder_decoder", False) != self._takes_encoder_decoder:
             other = (
-                "AutoModelForCausalLMWithValueHead" if self.is_encoder_decoder else "AutoModelForSeq2SeqLMWithValueHead"
+                "AutoModelForCausalLMWithValueHead"
+                if self._takes_encoder_decoder
+                else "AutoModelForSeq2SeqLMWithValueHead"
             )
             raise ValueError(f"{type(self).__name__} does not fit {type(model).__name__}: use {other}")
 
@@ -52,7 +54,7 @@ class _LanguageModelWithValueHead(PreTrainedModelWrapper):
             kwargs["past_key_values"] = past_key_values
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        hidden = (output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states)[-1]
+        hidden = (output.decoder_hidden_states if self._takes_encoder_decoder else output.hidden_states)[-1]
         values = self.v_head(hidden).squeeze(-1).to(output.logits.device)
         result = (output.logits.to(torch.float32), output.loss, values)
         return (*result, output.past_key_values) if return_past_key_values else result
@@ -76,7 +78,8 @@ class AutoModelForSeq2SeqLMWithValueHead(_LanguageModelWithValueHead):
 
     transformers_parent_class = AutoModelForSeq2SeqLM
     lm_head_namings = ["lm_head", "embed_out", "output_projection"]
-    is_encoder_decoder = True
+    is_encoder_decoder = True  # the causal class has no such attribute: scripts ask with hasattr
+    _takes_encoder_decoder = True
 
 
 SUPPORTED_ARCHITECTURES = (AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead)
