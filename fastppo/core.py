@@ -75,17 +75,43 @@ def top_k_top_p_filtering(
     return logits
 
 
-@torch.no_grad()
 def respond_to_batch(
     model: nn.Module, queries: Tensor, txt_len: int = 20, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
     """Sample txt_len tokens after each of B queries [B, Tq] (no padding); end-of-sequence does not stop. [B, txt_len]."""
+    from fastppo import attention
+
+    if attention.unsupported(model) is None and not _has_virtual_tokens(model):
+        return _respond_paged(model, queries, txt_len, top_k, top_p)
+    return _respond_by_recomputing(model, queries, txt_len, top_k, top_p)
+
+
+def _respond_paged(model: nn.Module, queries: Tensor, txt_len: int, top_k: int, top_p: float) -> Tensor:
+    from fastppo.generation import Generator
+
+    # the model's own generation settings do not count here; -1 is no token, so nothing ends a response early
+    plain = {"temperature": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_length": 0, "eos_token_id": -1}
+    rollout = Generator(model).generate(
+        list(queries), max_new_tokens=txt_len, do_sample=True, top_k=max(int(top_k), 0), top_p=top_p, **plain
+    )
+    return rollout.tokens_BT
+
+
+@torch.no_grad()
+def _respond_by_recomputing(model: nn.Module, queries: Tensor, txt_len: int, top_k: int, top_p: float) -> Tensor:
+    """For models that answer (logits, ...) and nothing more: one forward pass over everything per token."""
     tokens_BT = queries
     for _ in range(txt_len):
         logits_BV = model(tokens_BT)[0][:, -1]
         probs_BV = top_k_top_p_filtering(logits_BV, top_k=top_k, top_p=top_p).softmax(-1)
         tokens_BT = torch.cat([tokens_BT, torch.multinomial(probs_BV, 1)], dim=-1)
     return tokens_BT[:, -txt_len:]
+
+
+def _has_virtual_tokens(model: nn.Module) -> bool:
+    """Prompt or prefix tuning: PEFT's own forward puts tokens in front, which the bare transformers model knows nothing of."""
+    config = getattr(getattr(model, "pretrained_model", model), "active_peft_config", None)
+    return config is not None and config.is_prompt_learning
 
 
 # --- masked statistics ------------------------------------------------------------------------------------------------

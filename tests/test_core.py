@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
+from peft import PromptTuningConfig
 
 from fastppo import core
+from fastppo.models import AutoModelForCausalLMWithValueHead
 
 RECORDED = json.loads((Path(__file__).parent / "fixtures/trl_core.json").read_text())
 VALUES, MASK = torch.tensor(RECORDED["values"]), torch.tensor(RECORDED["mask"])
@@ -145,3 +148,42 @@ def test_device_cache_context():
         return 2 * x
 
     assert twice(2) == 4 and math.isfinite(twice(1.0))
+
+
+class TestRespondToBatchWithALanguageModel:
+    """These run on the paged generator: other random numbers than TRL's, the same distribution."""
+
+    queries = torch.tensor([[5, 9, 33], [60, 7, 3]])
+
+    def test_top_1_is_greedy_decoding(self):
+        model = tiny_models.causal()
+        greedy = model.generate(self.queries, max_new_tokens=6, do_sample=False, eos_token_id=-1)[:, 3:]
+        assert core.respond_to_batch(model, self.queries, txt_len=6, top_k=1).tolist() == greedy.tolist()
+
+    @pytest.mark.parametrize("wrap", [AutoModelForCausalLMWithValueHead.from_pretrained, lambda model: model])
+    def test_end_of_sequence_does_not_stop(self, wrap):
+        model = wrap(tiny_models.causal("gpt2", eos_token_id=list(range(96))))
+        core.set_seed(0)
+        first = core.respond_to_batch(model, self.queries, txt_len=7)
+        assert first.shape == (2, 7) and first.dtype == torch.int64
+        core.set_seed(0)
+        assert torch.equal(core.respond_to_batch(model, self.queries, txt_len=7), first)
+
+    def test_first_token_follows_the_models_distribution(self):
+        model = tiny_models.causal()
+        expected = model(self.queries[:1]).logits[0, -1].softmax(-1)
+        core.set_seed(1)
+        drawn = core.respond_to_batch(model, self.queries[:1].repeat(4000, 1), txt_len=1)[:, 0]
+        frequencies = torch.bincount(drawn, minlength=96) / 4000
+        assert (frequencies - expected).abs().max() < 5 * math.sqrt(0.25 / 4000)
+
+    def test_virtual_tokens_count(self):
+        model = tiny_models.causal()
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=config)
+        tiny_models.fill(policy.pretrained_model)
+        mask = torch.ones_like(self.queries)
+        wanted = policy.generate(
+            input_ids=self.queries, attention_mask=mask, max_new_tokens=1, do_sample=False, eos_token_id=-1
+        )[:, -1:]
+        assert core.respond_to_batch(policy.eval(), self.queries, txt_len=1, top_k=1).tolist() == wanted.tolist()

@@ -5,9 +5,10 @@ import tiny_models
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from fastppo.attention import unwrap
 from fastppo.kernels.linear_logprob import Head, head_logits
 from fastppo.models import AutoModelForCausalLMWithValueHead
-from fastppo.models.head import backbone, checked_output_head, language_model, output_head
+from fastppo.models.head import backbone, checked_output_head, output_head
 
 TOKENS = torch.tensor([[5, 9, 33, 60, 7, 3], [8, 1, 90, 44, 21, 11]])
 
@@ -20,7 +21,7 @@ def assert_splits(model):
     head = output_head(model)
     assert isinstance(head, Head), head
     with torch.no_grad():
-        wanted = language_model(model)(TOKENS).logits
+        wanted = unwrap(model)(TOKENS).logits
         got = head_logits(backbone(model)(TOKENS).last_hidden_state, head)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert checked_output_head(model) == head

@@ -76,3 +76,121 @@ def reward_adapter(folder) -> None:
     config = transformers.LlamaConfig(**{**CAUSAL["llama"][1], "num_labels": 1})
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     fill(get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=8))).save_pretrained(str(folder))
+
+
+WORDS = ["<unk>", "<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyzTU0123456789 .+-*'?:<>/="]
+WORDS += ["<request>", "<call>", "<response>", "<submit>", "<Calc>", "<Broken>", "<Nope>"]
+
+
+def tokenizer(with_bos: bool = False):
+    """A character a token, and the tags of text environments."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("<[A-Za-z]+>|."), "isolated")
+    backend.decoder = decoders.Fuse()
+    if with_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+class Script(torch.nn.Module):
+    """A model whose generate() says what it is told to, each row one reply, and keeps what it was asked."""
+
+    class Inner:
+        device = torch.device("cpu")
+
+    pretrained_model = Inner()
+
+    def __init__(self, tokenizer, replies: list[str]):
+        super().__init__()
+        self.tokenizer, self.replies, self.asked = tokenizer, list(replies), []
+
+    def generate(self, input_ids, attention_mask, stopping_criteria, **kwargs):
+        self.asked.append([input_ids.tolist(), attention_mask.tolist(), kwargs])
+        said = [self.replies.pop(0) for _ in input_ids]
+        rows = [self.tokenizer(text, add_special_tokens=False).input_ids for text in said]
+        for step in range(max(map(len, rows))):
+            column = [row[step] if step < len(row) else self.tokenizer.pad_token_id for row in rows]
+            input_ids = torch.cat([input_ids, torch.tensor(column)[:, None]], dim=1)
+            if torch.as_tensor(stopping_criteria(input_ids, None)).all():
+                break
+        return input_ids
+
+
+def calc(expression: str) -> str:
+    return str(eval(expression))
+
+
+def broken(argument: str) -> str:
+    raise RuntimeError("no way")
+
+
+# queries and the model's replies, turn by turn
+EPISODES = {
+    "one tool call": (["what is 1+2? "], ["<request><Calc>1+2<call>", "it is 3<submit>"]),
+    "two at different speeds": (
+        ["a", "bcd"],
+        ["<request><Calc>1+2<call>", "<request><Calc>22+20<call>", "three<submit>", "fourty two<submit>"],
+    ),
+    "one is done, one goes on": (["a", "b"], ["a<submit>", "<request><Calc>2<call>", "b<submit>"]),
+    "tool raises": (["q"], ["<request><Broken>x<call>", "ok<submit>"]),
+    "no tool named": (["q"], ["<request>x<call>", "ok<submit>"]),
+    "long answer, turns run out": (
+        ["q"],
+        ["<request><Calc>'a'*500<call>", "<request><Calc>1<call>", "<request><Calc>2<call>", "z<submit>"],
+    ),
+    "end of sequence": (["q"], ["abc</s>"]),
+    "neither call nor submission": (["q"], ["abc"]),
+    "call without request": (["q"], ["ab<call>"]),
+    "text after submission": (["q"], ["ab<submit>cd"]),
+    "argument with tag sign": (["q"], ["<request><Calc>3>2<call>", "yes<submit>"]),
+}
+CALLS = [
+    "<request><Calc>1>2<call>",
+    "<request>no<call>",
+    "no",
+    "<request><Calc>x<call><request><Broken>y<call>",
+    "<call><request><Calc>x",
+    "<request>\n<Calc>x\ny<call>",
+]
+
+
+def episode_rewards(texts, bonus=0):
+    return [len(text) + bonus for text in texts]
+
+
+def play(environment_class, queries, replies, with_bos):
+    """One run, as JSON."""
+    made_of = tokenizer(with_bos)
+    model = Script(made_of, replies)
+    tools = {"Calc": calc, "Broken": broken}
+    environment = environment_class(
+        model, made_of, tools, episode_rewards, "p: ", max_turns=3, generation_kwargs={"max_new_tokens": 9}
+    )
+    queries, responses, masks, rewards, histories = environment.run(queries, bonus=1)
+    return {
+        "queries": [tensor.tolist() for tensor in queries],
+        "responses": [tensor.tolist() for tensor in responses],
+        "masks": [tensor.tolist() for tensor in masks],
+        "rewards": rewards,
+        "texts": [history.text for history in histories],
+        "ends": [[history.completed, history.truncated] for history in histories],
+        "spans": [[list(map(list, h.text_spans)), list(map(list, h.token_spans)), h.system_spans] for h in histories],
+        "asked": [[ids, mask] for ids, mask, _ in model.asked],
+    }
+
+
+def best_of_n(sampler_class, wrapper_class):
+    """Texts of several kinds of queries, with sampling."""
+    made_of = tokenizer()
+    wrapper = wrapper_class.from_pretrained(causal("llama"))
+    answers = []
+    for query in ([5, 9, 33], [[5, 9, 33], [7, 8]], torch.tensor([5, 9]), [torch.tensor([5, 9]), torch.tensor([6])]):
+        sampler = sampler_class(
+            wrapper, made_of, lambda texts: [text.count("a") + len(set(text)) / 100 for text in texts], lambda: 12,
+            sample_size=6, seed=4, n_candidates=2,
+        )  # fmt: skip
+        answers.append(sampler.generate(query, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=3))
+    return answers

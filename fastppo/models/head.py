@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastppo.attention import unwrap
+
 if TYPE_CHECKING:
     from fastppo.kernels.linear_logprob import Head
 
@@ -20,15 +22,9 @@ DIVISOR_MULTIPLIES = ("hyperclovax",)
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def language_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a value-head wrapper and / or a PeftModel; LoRA layers inside it stay at work."""
-    model = getattr(model, "pretrained_model", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def backbone(model: nn.Module) -> nn.Module:
     """The module whose output's last_hidden_state the head reads. ValueError where there is none."""
-    inner = language_model(model)
+    inner = unwrap(model)
     base = getattr(inner, "base_model", inner)
     if base is inner:
         raise ValueError(f"backbone: {type(inner).__name__} has no submodule called base_model_prefix")
@@ -39,7 +35,7 @@ def output_head(model: nn.Module) -> "Head | str":
     """The head of `model` (its live parameters), or why the full-logits path must be taken."""
     from fastppo.kernels.linear_logprob import Head
 
-    inner = language_model(model)
+    inner = unwrap(model)
     if reason := _not_splittable(model, inner):
         return reason
     layer = inner.get_output_embeddings()
@@ -58,7 +54,7 @@ def checked_output_head(model: nn.Module) -> "Head | str":
     head = output_head(model)
     if not isinstance(head, Head):
         return head
-    inner = language_model(model)
+    inner = unwrap(model)
     device = inner.get_input_embeddings().weight.device
     tokens = torch.arange(1, 9, device=device)[None] % head.weight_VD.shape[0]
     training = [module for module in inner.modules() if module.training]
