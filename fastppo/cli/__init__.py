@@ -1,0 +1,49 @@
+"""The command line: `fastppo demo | train | info`. Each command is a module here with `run(argv) -> exit status`."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> what it does, in one line
+COMMANDS = {
+    "demo": "train a small language model, then watch PPO improve it (no network, no GPU, under 3 minutes)",
+    "train": "the same loop on your model, your prompts and your reward",
+    "info": "versions, device, and which back ends run here or why not",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fastppo COMMAND [OPTIONS]", "", *lines, "", "'fastppo COMMAND --help' lists a command's options."]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status. Errors the user can act on are one line on stderr, not a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        import fastppo
+
+        print("fastppo", fastppo.__version__)
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean 'fastppo {near[0]}'?" if near else ""
+        print(f"fastppo: error: there is no command {command!r}.{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    from fastppo.cli.errors import UserError
+
+    try:
+        return importlib.import_module(f"fastppo.cli.{command}").run(rest)
+    except UserError as error:
+        print(f"\nfastppo {command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nfastppo {command}: interrupted", file=sys.stderr)
+        return 130

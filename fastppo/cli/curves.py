@@ -1,0 +1,80 @@
+"""curves.png: what a person looks at first to see whether PPO worked."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+INK, PALE, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+# key in metrics.jsonl, title, unit, colour
+PANELS = (
+    ("env/reward_mean", "Reward", "mean score of a batch, band: ± one standard deviation", "#0b7a75"),
+    ("objective/kl", "KL from the start", "nats per response", "#c8553d"),
+    ("objective/entropy", "Entropy", "nats per response", "#5b5f97"),
+    ("perf/response_tokens_per_second", "Throughput", "response tokens per second, whole step", "#b8860b"),
+)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Trailing mean over `window` steps."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def column(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [math.nan if row.get(key) is None else row[key] for row in rows]
+
+
+def draw_panel(axes: Any, rows: Sequence[dict[str, Any]], panel: tuple[str, str, str, str]) -> None:
+    key, title, unit, colour = panel
+    steps, values = column(rows, "step"), column(rows, key)
+    window = max(1, len(rows) // 12)
+    trend = smooth(values, window)
+    if key == "env/reward_mean":
+        spread = column(rows, "env/reward_std")
+        low, high = ([v + sign * s for v, s in zip(trend, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.10, linewidth=0)
+    axes.plot(steps, values, color=colour, alpha=0.35, linewidth=1.0, marker="o" if len(rows) < 3 else None)
+    axes.plot(steps, trend, color=colour, linewidth=2.4, solid_capstyle="round")
+    axes.annotate(
+        f"{trend[-1]:,.0f}" if abs(trend[-1]) >= 100 else f"{trend[-1]:.2f}",
+        (steps[-1], trend[-1]),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        color=colour,
+        fontsize=11,
+        fontweight="bold",
+        annotation_clip=False,
+    )
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=22)
+    axes.text(0, 1.035, unit, transform=axes.transAxes, fontsize=9, color=PALE)
+    if key != "env/reward_mean" and min(v for v in values if not math.isnan(v)) >= 0:
+        axes.set_ylim(bottom=0)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
+    """Draw one panel per metric of `PANELS` that the run has. Does nothing for a run without steps."""
+    panels = [panel for panel in PANELS if any(row.get(panel[0]) is not None for row in rows)]
+    if not panels:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, 2, squeeze=True).ravel()
+    for axes, panel in zip(grid, panels, strict=False):
+        draw_panel(axes, rows, panel)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(GRID)
+        axes.tick_params(colors=PALE, length=0, labelsize=9)
+        axes.set_xlim(left=0 if len(rows) > 1 else None)
+        axes.set_xlabel("PPO step", fontsize=9, color=PALE, loc="right")
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, x=0.055, y=0.975, ha="left", fontsize=15, color=INK)
+    figure.subplots_adjust(left=0.06, right=0.94, top=0.83, bottom=0.08, hspace=0.62, wspace=0.24)
+    figure.savefig(path, facecolor="white")

@@ -1,0 +1,203 @@
+"""The PPO loop of `fastppo demo` and `fastppo train`: prompts -> responses -> scores -> step, recorded as it goes.
+
+However it ends (all steps done, Ctrl-C, SIGTERM, a reward that fails), the policy as trained so far is saved.
+"""
+
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from fastppo.cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: what the policy reads, as text. tokens: the same as 1-D int64. columns: the dataset's other columns."""
+
+    text: str
+    tokens: torch.Tensor
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: Prompt
+    response: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One PPO step. number counts from 1. metrics: every scalar of PPOTrainer.step() and the names in `measured`."""
+
+    number: int
+    metrics: dict[str, float]
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """steps: PPO steps. generation: keyword arguments of PPOTrainer.generate. seed: order of the prompts.
+    probes: prompts that are answered before and after training."""
+
+    steps: int
+    generation: Mapping[str, Any]
+    seed: int = 0
+    probes: Sequence[Prompt] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """done: steps finished. ended: "finished", "interrupted", or "failed". before, after: answers to the probes."""
+
+    done: int
+    ended: str
+    before: list[Sample]
+    after: list[Sample]
+
+
+class Reward(Protocol):
+    """Scores for prompts and their responses: one finite float each. Raises RewardError."""
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]: ...
+
+
+class Recorder(Protocol):
+    """Where a run is written to and shown: cli/run_folder.py and cli/screen.py."""
+
+    def step(self, step: Step) -> None: ...
+    def notice(self, text: str) -> None: ...
+    def finish(self, trainer: Any, outcome: Outcome) -> None: ...
+
+
+class Interrupts:
+    """Inside `with`, the first Ctrl-C or SIGTERM asks for a stop after the current step; the second one stops at once."""
+
+    def __init__(self, notice: Callable[[str], None]):
+        self.notice, self.asked, self.previous = notice, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+            self.previous = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.notice("Stopping after this step, then saving. Ctrl-C again stops at once and saves.")
+
+
+def batches(prompts: Sequence[Prompt], size: int, seed: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Prompt]]:
+    """Endless batches of `size` prompts, shuffled anew in every pass; `ranks` processes share each pass between them."""
+    rng, waiting = random.Random(seed), []
+    while True:
+        while len(waiting) < size * ranks:
+            waiting += rng.sample(range(len(prompts)), len(prompts))
+        chosen, waiting = waiting[: size * ranks], waiting[size * ranks :]
+        yield [prompts[i] for i in chosen[rank::ranks]]
+
+
+def respond(
+    trainer: Any, prompts: Sequence[Prompt], generation: Mapping[str, Any]
+) -> tuple[list, list[str], list[str]]:
+    """(query tensors, response tensors, response texts) of one batch."""
+    queries = [prompt.tokens.to(trainer.accelerator.device) for prompt in prompts]
+    responses = trainer.generate(queries, return_prompt=False, batch_size=len(queries), **generation)
+    return queries, responses, trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+
+def probe(trainer: Any, prompts: Sequence[Prompt], reward: Reward, generation: Mapping[str, Any]) -> list[Sample]:
+    """Answers to `prompts`, with scores, without training on them."""
+    if not prompts:
+        return []
+    _, _, texts = respond(trainer, prompts, generation)
+    return [Sample(*each) for each in zip(prompts, texts, reward(prompts, texts), strict=True)]
+
+
+def ppo_steps(trainer: Any, prompts: Sequence[Prompt], reward: Reward, options: LoopOptions) -> Iterator[Step]:
+    """Generate, score and update `options.steps` times."""
+    ranks = trainer.accelerator
+    source = batches(prompts, trainer.config.batch_size, options.seed, ranks.process_index, ranks.num_processes)
+    for number in range(1, options.steps + 1):
+        batch, marks = next(source), [time.perf_counter()]
+        queries, responses, texts = respond(trainer, batch, options.generation)
+        marks.append(time.perf_counter())
+        scores = reward(batch, texts)
+        marks.append(time.perf_counter())
+        scores_B = torch.tensor(scores, dtype=torch.float32)
+        stats = trainer.step(queries, responses, list(scores_B.to(ranks.device)))
+        marks.append(time.perf_counter())
+        if trainer.config.log_with:
+            columns = {"query": [prompt.text for prompt in batch], "response": texts}
+            trainer.log_stats(stats, columns, list(scores_B.to(ranks.device)))
+        metrics = scalars(stats) | measured(scores_B, sum(map(len, responses)), marks)
+        yield Step(number, metrics, [Sample(*each) for each in zip(batch, texts, scores, strict=True)])
+
+
+def scalars(stats: Mapping[str, Any]) -> dict[str, float]:
+    """The entries of a statistics dictionary that are one number."""
+    return {name: float(value) for name, value in stats.items() if isinstance(value, (int, float))}
+
+
+def measured(scores_B: torch.Tensor, tokens: int, marks: Sequence[float]) -> dict[str, float]:
+    """What the loop sees itself; times in seconds."""
+    generate, score, update = (b - a for a, b in zip(marks, marks[1:], strict=False))
+    return {
+        "env/reward_mean": scores_B.mean().item(),
+        "env/reward_std": scores_B.std(correction=0).item(),
+        "time/loop/generate": generate,
+        "time/loop/reward": score,
+        "time/loop/step": update,
+        "perf/response_tokens_per_second": tokens / (marks[-1] - marks[0]),
+    }
+
+
+def diverged(step: int, why: str) -> UserError:
+    return UserError(f"training diverged in step {step}: {why}. Lower the learning rate, or set --max-grad-norm 1.0.")
+
+
+def run_loop(
+    trainer: Any, prompts: Sequence[Prompt], reward: Reward, options: LoopOptions, recorder: Recorder
+) -> Outcome:
+    """Train, and save whatever was trained; a UserError or bug on the way is raised after the saving."""
+    done, ended, before, after, failure = 0, "finished", [], [], None
+    with Interrupts(recorder.notice) as interrupts:
+        try:
+            before = probe(trainer, options.probes, reward, options.generation)
+            for step in ppo_steps(trainer, prompts, reward, options):
+                done = step.number
+                recorder.step(step)
+                if not math.isfinite(step.metrics.get("ppo/loss/total", 0.0)):
+                    raise diverged(done, f"the loss is {step.metrics['ppo/loss/total']}")
+                if interrupts.asked:
+                    break
+            else:
+                after = probe(trainer, options.probes, reward, options.generation)
+        except KeyboardInterrupt:
+            interrupts.asked = True
+        except FloatingPointError as error:
+            failure = diverged(done + 1, str(error))
+            failure.__cause__ = error
+        except Exception as error:
+            failure = error
+        ended = "failed" if failure else "interrupted" if interrupts.asked else "finished"
+        outcome = Outcome(done, ended, before, after)
+        try:
+            recorder.finish(trainer, outcome)
+        except Exception as error:
+            raise failure or error from error
+    if failure:
+        raise failure
+    return outcome

@@ -1,0 +1,122 @@
+"""A run's folder: config.yaml, metrics.jsonl, tensorboard events, samples.json, curves.png, and the saved policy."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastppo.cli.errors import UserError, disk_error
+from fastppo.cli.loop import Outcome, Sample, Step
+
+METRICS = "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full disk or a read-only folder raises into a message."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error) from error
+    except SafetensorError as error:
+        if "I/O error" not in str(error) and "os error" not in str(error):
+            raise
+        raise disk_error(path, error) from error
+
+
+class RunFolder:
+    """Creates the folder (a new one, or an empty one, unless `overwrite`) and writes a run into it as it goes.
+
+    Raises UserError when the folder holds another run or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False):
+        self.path = Path(path)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            old = self.path / METRICS
+            if old.exists() and old.stat().st_size and not overwrite:
+                raise UserError(
+                    f"{self.path} already holds a run. Choose another --output-dir, or write over it with --overwrite."
+                )
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            self.metrics = (self.path / METRICS).open("w", encoding="utf-8")
+        self.board = None
+
+    def write_config(self, values: Mapping[str, Any]) -> None:
+        """config.yaml: what --config takes to do this run again."""
+        with writing(self.path / "config.yaml"):
+            (self.path / "config.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+
+    def write_step(self, step: Step) -> None:
+        """One line of metrics.jsonl (NaN and infinity as null, which JSON has no word for) and the tensorboard events."""
+        clean = {name: value if math.isfinite(value) else None for name, value in step.metrics.items()}
+        line = {"step": step.number, "wall_time": time.time(), **clean}
+        with writing(self.path / METRICS):
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+        with writing(self.path / "tensorboard"):
+            if self.board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.path / "tensorboard"))
+            for name, value in step.metrics.items():
+                self.board.add_scalar(name, value, step.number)
+
+    def write_samples(self, outcome: Outcome, last: Sequence[Sample]) -> None:
+        """samples.json: answers to the probes before and after, and the last step's samples."""
+        told = {"before": outcome.before, "after": outcome.after, "last_step": last}
+        rows = {
+            name: [{"prompt": s.prompt.text, "response": s.response, "score": s.score} for s in samples]
+            for name, samples in told.items()
+        }
+        with writing(self.path / "samples.json"):
+            text = json.dumps(rows, indent=1, ensure_ascii=False)
+            (self.path / "samples.json").write_text(text, encoding="utf-8")
+
+    def write_curves(self, title: str) -> None:
+        from fastppo.cli.curves import draw
+
+        with writing(self.path / "curves.png"):
+            draw(read_metrics(self.path), self.path / "curves.png", title)
+
+    def save_policy(self, model: Any, tokenizer: Any, name: str = "policy") -> Path:
+        """Save under a temporary name, then rename: a policy folder is whole or not there."""
+        target = self.path / name
+        with writing(target):
+            temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self.path))
+            try:
+                model.save_pretrained(str(temporary))
+                tokenizer.save_pretrained(str(temporary))
+                temporary.chmod(0o755)  # mkdtemp's folders are their owner's alone
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(temporary, target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        return target
+
+    def close(self) -> None:
+        with writing(self.path):
+            if self.board is not None:
+                self.board.close()
+            self.metrics.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    rows = []
+    for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows

@@ -1,0 +1,107 @@
+"""What a run looks like in the terminal: live while it is one, one plain line per step when it is a file or a pipe."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fastppo.cli.loop import Sample, Step
+
+BARS = "▁▂▃▄▅▆▇█"
+# key in a step's metrics, label, format
+COLUMNS = (
+    ("env/reward_mean", "reward", "{:+.2f}"),
+    ("objective/kl", "KL", "{:.2f}"),
+    ("objective/entropy", "entropy", "{:.1f}"),
+    ("ppo/policy/clipfrac", "clipped", "{:.1%}"),
+    ("perf/response_tokens_per_second", "tokens/s", "{:,.0f}"),
+)
+
+
+def sparkline(values: Sequence[float], width: int = 48) -> str:
+    """The values as a row of bars, the last `width` groups of them."""
+    if not values:
+        return ""
+    size = -(-len(values) // width)
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    return "".join(BARS[int((v - low) / (high - low or 1.0) * (len(BARS) - 1))] for v in means)
+
+
+class Screen:
+    """Shows the steps of a run of `total` steps. Use it as a context manager around the loop."""
+
+    def __init__(self, total: int, title: str, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self.total, self.title, self.steps, self.message = total, title, [], ""
+        self.started = time.perf_counter()
+        self.live = Live(console=self.console, refresh_per_second=8, transient=True, get_renderable=self.view)
+
+    def __enter__(self):
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_):
+        self.live.stop()
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+        if not self.console.is_terminal:
+            told = [f"{label} {form.format(step.metrics[key])}" for key, label, form in COLUMNS if key in step.metrics]
+            self.console.print(f"step {step.number}/{self.total}  " + "  ".join(told), soft_wrap=True, markup=False)
+
+    def notice(self, text: str) -> None:
+        self.message = text
+        if not self.console.is_terminal:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def view(self) -> Panel:
+        done, seconds = len(self.steps), time.perf_counter() - self.started
+        left = f", about {seconds / done * (self.total - done):.0f} s to go" if done else ""
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_row(
+            Text(f"step {done}/{self.total}", style="bold"),
+            ProgressBar(total=self.total, completed=done, width=40),
+            Text(f"{seconds:.0f} s{left}", style="dim"),
+        )
+        numbers = Table.grid(padding=(0, 3))
+        for key, label, form in COLUMNS:
+            values = [step.metrics[key] for step in self.steps if key in step.metrics]
+            if values:
+                numbers.add_row(
+                    Text(label, style="dim"), form.format(values[-1]), Text(sparkline(values), style="cyan")
+                )
+        parts = [head, Text(), numbers]
+        if self.steps:
+            parts += [Text(), sample_text(self.steps[-1].samples[0])]
+        if self.message:
+            parts += [Text(), Text(self.message, style="yellow")]
+        return Panel(Group(*parts), title=self.title, title_align="left", border_style="dim", padding=(1, 2))
+
+
+def sample_text(sample: Sample, limit: int = 400) -> Text:
+    """Prompt dim, response plain, score at the end."""
+    response = sample.response if len(sample.response) <= limit else sample.response[:limit] + " ..."
+    prompt = sample.prompt.text if len(sample.prompt.text) <= limit else "... " + sample.prompt.text[-limit:]
+    gap = "" if response.startswith(" ") else " "
+    return Text.assemble((prompt, "dim"), gap + response, (f"  ({sample.score:+.1f})", "bold"))
+
+
+def before_and_after(before: Sequence[Sample], after: Sequence[Sample], rows: int = 4) -> Table:
+    """The same prompts answered before and after training, side by side."""
+    table = Table(show_lines=True, border_style="dim", header_style="bold", expand=True)
+    for name, samples in (("before", before), ("after", after)):
+        mean = sum(sample.score for sample in samples) / len(samples)
+        table.add_column(f"{name}: mean reward {mean:+.2f} over {len(samples)} prompts", ratio=1)
+    for one, two in list(zip(before, after, strict=True))[:rows]:
+        table.add_row(sample_text(one), sample_text(two))
+    return table

@@ -1,0 +1,84 @@
+"""A run as the user sees it: the folder it is written to and the screen it is shown on."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from fastppo.cli.loop import LoopOptions, Outcome, Prompt, Reward, Step, run_loop
+from fastppo.cli.run_folder import RunFolder
+from fastppo.cli.screen import Screen, before_and_after
+
+
+class Session:
+    """Records a run in `folder` and shows it on `screen`; processes other than the main one keep quiet."""
+
+    def __init__(self, folder: RunFolder | None, screen: Screen, title: str):
+        self.folder, self.screen, self.title = folder, screen, title
+        self.last: list = []
+
+    def step(self, step: Step) -> None:
+        self.last = step.samples
+        if self.folder is not None:
+            self.screen.step(step)
+            self.folder.write_step(step)
+
+    def notice(self, text: str) -> None:
+        if self.folder is not None:
+            self.screen.notice(text)
+
+    def finish(self, trainer: Any, outcome: Outcome) -> None:
+        """Save the policy first: it is what cannot be made again."""
+        if self.folder is None:
+            return
+        self.screen.live.stop()
+        if outcome.done == 0:
+            self.folder.close()
+            self.screen.say("No step was finished: there is nothing to save.")
+            return
+        policy = self.folder.save_policy(trainer.accelerator.unwrap_model(trainer.model), trainer.tokenizer)
+        if outcome.ended != "finished":
+            self.screen.say(f"Run {outcome.ended} after step {outcome.done}; the policy so far is saved in {policy}")
+        self.folder.write_samples(outcome, self.last)
+        self.folder.write_curves(self.title)
+        self.folder.close()
+
+    def tell(self, outcome: Outcome) -> None:
+        """What came of it, and where it is."""
+        if self.folder is None or outcome.done == 0:
+            return
+        if outcome.before and outcome.after:
+            self.screen.console.print(before_and_after(outcome.before, outcome.after))
+        told = {
+            "policy/": "the trained policy and its tokenizer, for from_pretrained",
+            "curves.png": "reward, KL, entropy and throughput over the steps",
+            "metrics.jsonl": "every number of every step",
+            "samples.json": "answers before and after",
+            "tensorboard/": "the same numbers for 'tensorboard --logdir'",
+        }
+        self.screen.say(f"Saved in {self.folder.path}:")
+        for name, what in told.items():
+            self.screen.say(f"  {name:<14}{what}")
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """transformers' progress bars and advice would tear the live view apart."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def run_session(trainer: Any, prompts: list[Prompt], reward: Reward, options: LoopOptions, session: Session) -> int:
+    """Run the loop, show the result; the exit status (130 after an interrupt, as shells expect)."""
+    with session.screen, quiet_libraries():
+        outcome = run_loop(trainer, prompts, reward, options, session)
+    session.tell(outcome)
+    return 130 if outcome.ended == "interrupted" else 0
