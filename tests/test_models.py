@@ -274,6 +274,47 @@ def test_load_in_8bit_without_bitsandbytes(tmp_path, monkeypatch):
         AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, load_in_8bit=True)
 
 
+def test_a_hub_id_is_read_from_the_cache(tmp_path):
+    """Folders as huggingface_hub lays them out; no network."""
+    repository = tmp_path / "models--someone--policy"
+    wrapper = wrap("llama")
+    wrapper.save_pretrained(repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("a" * 40)
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(
+        "someone/policy", cache_dir=tmp_path, local_files_only=True
+    )
+    assert torch.equal(again.v_head.summary.weight, wrapper.v_head.summary.weight)
+
+
+def test_load_in_4bit_asks_transformers_for_it(tmp_path, monkeypatch):
+    asked = {}
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(path, **kwargs):
+            asked.update(kwargs)
+            return tiny_models.causal()
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("transformers.utils.quantization_config.BitsAndBytesConfig.post_init", lambda self: None)
+    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "transformers_parent_class", Auto)
+    AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, load_in_4bit=True, trust_remote_code=False)
+    assert asked["quantization_config"].load_in_4bit and asked["trust_remote_code"] is False
+    assert set(asked["device_map"]) == {""} and "dtype" not in asked and "load_in_4bit" not in asked
+    with pytest.raises(ValueError, match="give load_in_4bit or quantization_config, not both"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, load_in_4bit=True, quantization_config=object())
+
+
+def test_a_quantised_model_keeps_its_value_head_in_a_file_of_its_own(tmp_path, monkeypatch):
+    """transformers writes what the quantiser says and ignores the state dict that it is given."""
+    wrapper = wrap("llama")
+    wrapper.pretrained_model.hf_quantizer = object()
+    monkeypatch.setattr(type(wrapper.pretrained_model), "save_pretrained", lambda self, folder, **kwargs: None)
+    wrapper.save_pretrained(tmp_path / "new")
+    assert set(load_file(tmp_path / "new/value_head.safetensors")) == {"v_head.summary.weight", "v_head.summary.bias"}
+
+
 def test_model_split_over_devices():
     split = tiny_models.causal()
     split.hf_device_map = {"model.layers.0": torch.device("cpu", 0), "lm_head": torch.device("cpu", 1)}

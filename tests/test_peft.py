@@ -1,8 +1,10 @@
 """Adapters: LoRA and DoRA policies, reward adapters, their files; numbers recorded from TRL 0.11.4."""
 
+import inspect
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_models
 import torch
@@ -183,3 +185,22 @@ def test_reward_adapter_bad_input(base, tmp_path):
         LOAD(base, peft_config=adapter_config(), reward_adapter=str(tmp_path / "no_score"))
     with pytest.raises(ValueError, match="does not support reward modeling adapter"):
         LOAD(base).compute_reward_score(TOKENS)
+
+
+def test_a_quantised_base_is_prepared_for_training(monkeypatch):
+    asked = {}
+
+    def prepare(model, **kwargs):
+        asked.update(kwargs)
+        return model
+
+    # the signature tells from_pretrained which keywords are whose
+    prepare.__signature__ = inspect.signature(peft.prepare_model_for_kbit_training)
+    monkeypatch.setattr(peft, "prepare_model_for_kbit_training", prepare)
+    base = tiny_models.causal()
+    LOAD(base, peft_config=adapter_config(), use_gradient_checkpointing=False)
+    assert asked == {}
+    base = tiny_models.causal()
+    base.is_loaded_in_8bit = True
+    policy = LOAD(base, peft_config=adapter_config(), use_gradient_checkpointing=False)
+    assert asked == {"use_gradient_checkpointing": False} and policy.is_loaded_in_8bit and not policy.is_loaded_in_4bit

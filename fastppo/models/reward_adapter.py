@@ -46,21 +46,30 @@ def _score_weights(file: str, module_names: Sequence[str]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def active_adapter(model, adapter_name: str, back_to: str) -> Iterator[None]:
-    """`adapter_name` in eval mode inside; outside, which parameters train and which modules are in training mode is as before.
+def policy_untouched(model) -> Iterator[None]:
+    """Afterwards the same parameters train, and the same modules are in training mode, as before.
 
-    (PEFT's set_adapter makes the adapter that it activates trainable.)
+    (PEFT's set_adapter makes the adapter that it activates trainable; up to 0.19 load_adapter freezes the others.)
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
-    model.set_adapter(adapter_name)
-    model.eval()
     try:
         yield
     finally:
-        model.set_adapter(back_to)
         model.requires_grad_(False)
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def active_adapter(model, adapter_name: str, back_to: str) -> Iterator[None]:
+    """`adapter_name` in eval mode inside, `back_to` and everything else as before outside."""
+    with policy_untouched(model):
+        model.set_adapter(adapter_name)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.set_adapter(back_to)

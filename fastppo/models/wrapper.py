@@ -191,7 +191,8 @@ class PreTrainedModelWrapper(nn.Module):
             raise ValueError("reward_adapter can only be used with a PeftModel: pass peft_config as well")
         hub_kwargs = {} if token is None else {"token": token}
         score = reward_adapter.load_score_module(adapter_model_id, cls.supported_rm_modules, hub_kwargs)
-        pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, **hub_kwargs)
+        with reward_adapter.policy_untouched(pretrained_model):
+            pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False, **hub_kwargs)
         return score.to(pretrained_model.device)
 
     @torch.no_grad()
