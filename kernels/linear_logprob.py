@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels.logprob import DTYPE_CODES, LogProb, check_temperature, check_tokens, logprob_reference
 
-TILE_BYTES = 32 * 2**20
+TILE_BYTES = 16 * 2**20
 MAX_TILE_ROWS = 4096
 
 
