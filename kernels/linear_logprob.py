@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.kernels._backend import extension, pick
-from fastppo.kernels.logprob import DTYPE_CODES, LogProb, check_temperature, check_tokens, logprob_reference
+from fastppo.kernels.logprob import DTYPE_CODES, LogProb, check_temperature, check_tokens, logprob_reference, once
 
 TILE_BYTES = 16 * 2**20
 MAX_TILE_ROWS = 4096
@@ -210,7 +209,7 @@ class _LinearLogProb(torch.autograd.Function):
         return logprob_N, entropy_N
 
     @staticmethod
-    @once_differentiable
+    @once("linear_logprob")
     def backward(ctx, g_N, h_N):
         hidden_ND, weight_VD, bias_V, tokens_N, stats_N2, entropy_N = ctx.saved_tensors
         saved = [stats_N2, entropy_N, g_N.contiguous(), h_N.contiguous()]

@@ -18,12 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.kernels import linear_logprob as tiles
 from fastppo.kernels._backend import pick
 from fastppo.kernels.linear_logprob import Head, Scales, autocast_inputs, check_head, linear_logprob_reference
-from fastppo.kernels.logprob import DTYPE_CODES, check_temperature, check_tokens
+from fastppo.kernels.logprob import DTYPE_CODES, check_temperature, check_tokens, once
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss, ppo_loss_reference
 
 CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 1280 * 2**20}
@@ -215,7 +214,7 @@ class _LinearPPOLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @once("linear_ppo_loss")
     def backward(ctx, g, *_):
         if ctx.grads is None:
             raise RuntimeError(

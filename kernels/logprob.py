@@ -9,12 +9,12 @@ bandwidth on a GPU, by the exponential on a CPU with 16-bit logits. Statistics a
 Suffixes: N rows (any leading dimensions), V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.kernels._backend import extension, pick
 
@@ -35,6 +35,40 @@ def logprob_reference(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 
     return LogProb(logprob_N, -(logp_NV.exp() * log_or_zero_NV).sum(-1))
 
 
+class _Refuse(torch.autograd.Function):
+    """A gradient as it is; differentiating through it raises."""
+
+    @staticmethod
+    def forward(ctx, gradient, anchor, op):
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: its gradient cannot be differentiated again; use backend='reference' for that")
+
+
+def once(op: str) -> Callable:
+    """Decorator of an autograd.Function's backward: a second derivative raises.
+
+    torch's once_differentiable lets it pass in silence, as a constant, when the upstream gradients are constants.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def run(ctx, *upstream):
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            if not torch.is_grad_enabled():  # enabled here only under create_graph=True
+                return gradients
+            anchor = torch.zeros((), requires_grad=True)
+            return tuple(None if x is None else _Refuse.apply(x, anchor, op) for x in gradients)
+
+        return run
+
+    return decorate
+
+
 class RowLayout(NamedTuple):
     """Rows of a tensor whose leading dimensions collapse to two; strides in elements."""
 
@@ -46,6 +80,8 @@ class RowLayout(NamedTuple):
 
 def row_layout(x_NV: Tensor) -> RowLayout | None:
     """How to step over the rows of a strided tensor, or None when its leading dimensions do not collapse to two."""
+    if x_NV.numel() == 0:
+        return RowLayout(0, 1, 0, 0)
     if x_NV.stride(-1) != 1 and x_NV.shape[-1] != 1:
         return None
     dims = []  # (size, stride), merged from the left where one dimension steps over the next exactly
@@ -110,7 +146,7 @@ class _LogProb(torch.autograd.Function):
         return logprob_N, entropy_N
 
     @staticmethod
-    @once_differentiable
+    @once("logprob")
     def backward(ctx, g_N, h_N):
         if ctx.overwritten:
             raise RuntimeError(

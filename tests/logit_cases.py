@@ -1,0 +1,39 @@
+"""What the tests of logprob, linear_logprob and linear_ppo_loss share: the error rule and awkward logits."""
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_as_exact_as_torch(name: str, ours, plain, truth, tiny: float = 1e-6, floor: float = 2e-7) -> None:
+    """error <= 2 * the error of plain PyTorch in the same dtype + tiny * the largest magnitude in the truth + floor.
+
+    The floor is rounding near 1, which decides where the truth is exactly 0 (one token with all the probability). NaN and infinities must stand in the same places.
+    """
+    ours, plain, truth = (x.detach().double().cpu() for x in (ours, plain, truth))
+    assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, wanted {tuple(truth.shape)}"
+    finite = truth.isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{name}: finite where the truth is not, or the reverse"
+    if not finite.any():
+        return
+    ours, plain, truth = (x[finite] for x in (ours, plain, truth))
+    error, plain_error = (ours - truth).abs().max().item(), (plain - truth).abs().max().item()
+    allowed = 2 * plain_error + tiny * truth.abs().max().item() + floor
+    assert error <= allowed, f"{name}: error {error:.3e}, plain torch in the same dtype makes {plain_error:.3e}"
+
+
+def tiny_of(dtype: torch.dtype) -> float:
+    """Slack for one more rounding to `dtype` than plain torch happens to make."""
+    return 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+
+
+# name -> what to do to random logits [N, V]
+TRAPS = {
+    "plain": lambda z_NV: z_NV,
+    "all negative": lambda z_NV: z_NV - 1000.0,  # a maximum that starts at 0 underflows
+    "huge": lambda z_NV: z_NV.clamp(-6, 6) * 1e4,  # within float16
+    "equal": lambda z_NV: torch.zeros_like(z_NV),
+    "bans": lambda z_NV: z_NV.masked_fill(torch.arange(z_NV.shape[-1]) % 3 == 2, -torch.inf),  # 0 * -inf is NaN
+    "one left": lambda z_NV: z_NV.masked_fill(torch.arange(z_NV.shape[-1]) > 0, -torch.inf),
+    "late": lambda z_NV: z_NV.masked_fill(torch.arange(z_NV.shape[-1]) < z_NV.shape[-1] - 1, -torch.inf),
+}
