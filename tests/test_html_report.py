@@ -77,3 +77,13 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, content, words):
 
 def test_trailing_mean_by_hand():
     assert trailing_mean([1, 3, 5, 7], 2) == [1, 2, 4, 6]
+
+
+def test_the_command_writes_a_page_and_names_a_folder_that_is_no_run(tmp_path, capsys):
+    from fastppo.cli import main
+
+    run = make_run(tmp_path / "run", steps=2)
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file() and "page.html" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+    assert "nothing: no metrics.jsonl" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: `fastppo demo | train | info`. Each command is a module here with `run(argv) -> exit status`."""
+"""The command line: `fastppo demo | train | report | info`. Each command is a module here with `run(argv) -> exit status`."""
 
 import difflib
 import importlib
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "train a small language model, then watch PPO improve it (no network, no GPU, under 3 minutes)",
     "train": "the same loop on your model, your prompts and your reward",
+    "report": "an HTML page of curves and samples over one or more runs",
     "info": "versions, device, and which back ends run here or why not",
 }
 
