@@ -200,6 +200,22 @@ def test_load_trls_pickled_checkpoint(tmp_path, shards):
         assert torch.equal(again.state_dict()[name], weight), name
 
 
+def test_files_are_not_fetched_for_nothing():
+    """gpt2's repository has model.safetensors and a pytorch_model.bin of the same weights."""
+    from fastppo.models import checkpoint
+
+    asked = []
+
+    def find(name):
+        asked.append(name)
+        return name if name == "model.safetensors" else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_read_value_head", lambda file: {})
+        assert checkpoint.load_value_head(find) == {}
+    assert "model.safetensors" in asked and "pytorch_model.bin" not in asked
+
+
 def test_a_missing_shard_is_named(tmp_path):
     from fastppo.models import checkpoint
 

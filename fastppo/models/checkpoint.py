@@ -16,8 +16,9 @@ from torch import Tensor
 
 V_HEAD_FILE = "value_head.safetensors"
 V_HEAD_PREFIX = "v_head."
-# in the order in which they are looked for; the first that holds a value head wins
-WEIGHT_FILES = (V_HEAD_FILE, "model.safetensors", "value_head.bin", "pytorch_model.bin")
+# in the order in which they are looked for; the first that is there decides, in each row
+V_HEAD_FILES = (V_HEAD_FILE, "value_head.bin")
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 
 Find = Callable[[str], str | None]  # file name -> local path, or None where there is no such file
 
@@ -37,21 +38,21 @@ def finder(path_or_id: str, hub_kwargs: dict) -> Find:
 
 def load_value_head(find: Find) -> dict[str, Tensor]:
     """`v_head.*` tensors of a checkpoint; empty when it has none."""
-    for name in WEIGHT_FILES:
-        weights = {}
-        for file in _files_of(find, name):
-            weights |= _read_value_head(file)
+    for names in (V_HEAD_FILES, MODEL_FILES):
+        # a repository with both kinds of model file has the same weights in both: no download to find nothing again
+        files = next((files for name in names if (files := _files_of(find, name)) is not None), [])
+        weights = {key: weight for file in files for key, weight in _read_value_head(file).items()}
         if weights:
             return weights
     return {}
 
 
-def _files_of(find: Find, name: str) -> list[str]:
-    """The file itself, or those of its shards that the index says hold the value head."""
+def _files_of(find: Find, name: str) -> list[str] | None:
+    """The file itself, or those of its shards that the index says hold the value head; None where there is neither."""
     if (file := find(name)) is not None:
         return [file]
     if (index := find(f"{name}.index.json")) is None:
-        return []
+        return None
     weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     shards = sorted({shard for key, shard in weight_map.items() if key.startswith(V_HEAD_PREFIX)})
     files = [find(shard) for shard in shards]

@@ -51,7 +51,11 @@ def load_by_name(auto_class, source: Source, *model_args):
         if source.peft_config is not None:
             logger.warning("%s holds an adapter already: peft_config is ignored", source.path_or_id)
         return _load_adapter(auto_class, source, *model_args)
-    model = auto_class.from_pretrained(source.path_or_id, *model_args, **_with_dtype(source.model_kwargs))
+    kwargs = _with_dtype(source.model_kwargs)
+    if kwargs.get("local_files_only"):
+        # transformers looks for an adapter once more, on the network unless told
+        kwargs = {"adapter_kwargs": {**source.hub_kwargs}, **kwargs}
+    model = auto_class.from_pretrained(source.path_or_id, *model_args, **kwargs)
     return model if source.peft_config is None else add_adapter(model, source.peft_config, source.kbit_kwargs)
 
 
