@@ -22,7 +22,7 @@ from torch import Tensor
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels.logprob import DTYPE_CODES, LogProb, check_temperature, check_tokens, logprob_reference, once
 
-TILE_BYTES = 16 * 2**20
+TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 MAX_TILE_ROWS = 4096
 
 
@@ -110,10 +110,10 @@ def spans(total: int, step: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, total))
 
 
-def tile_shape(rows: int, vocab: int, itemsize: int) -> tuple[int, int]:
+def tile_shape(rows: int, vocab: int, itemsize: int, device_type: str) -> tuple[int, int]:
     """Rows and columns of a tile of at most TILE_BYTES; columns a multiple of 256 that splits the vocabulary evenly."""
     tile_rows = max(1, min(rows, MAX_TILE_ROWS))
-    columns = max(256, TILE_BYTES // (tile_rows * itemsize) // 256 * 256)
+    columns = max(256, TILE_BYTES[device_type] // (tile_rows * itemsize) // 256 * 256)
     tiles = -(-vocab // columns)
     even = -(-vocab // tiles)
     return tile_rows, min(vocab, -(-even // 256) * 256)
@@ -121,7 +121,7 @@ def tile_shape(rows: int, vocab: int, itemsize: int) -> tuple[int, int]:
 
 def forward_tiles(launcher: Launcher, hidden_ND, head: Head, scales: Scales, tokens_N) -> tuple[Tensor, Tensor, Tensor]:
     vocab = head.weight_VD.shape[0]
-    rows, columns = tile_shape(len(hidden_ND), vocab, hidden_ND.element_size())
+    rows, columns = tile_shape(len(hidden_ND), vocab, hidden_ND.element_size(), hidden_ND.device.type)
     state_N4 = launcher.new_state(len(hidden_ND), hidden_ND.device)
     workspace = hidden_ND.new_empty(min(rows, len(hidden_ND)) * columns)
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
@@ -144,11 +144,12 @@ class Gradients(NamedTuple):
 def backward_tiles(launcher: Launcher, hidden_ND, head: Head, scales: Scales, tokens_N, saved, needs) -> Gradients:
     """saved: stats_N2, entropy_N, g_N, h_N. needs: which of hidden, weight, bias want a gradient."""
     vocab, depth = head.weight_VD.shape
-    rows, columns = tile_shape(len(hidden_ND), vocab, hidden_ND.element_size())
+    rows, columns = tile_shape(len(hidden_ND), vocab, hidden_ND.element_size(), hidden_ND.device.type)
     workspace = hidden_ND.new_empty(min(rows, len(hidden_ND)) * columns)
     exact = torch.float32 if hidden_ND.element_size() == 2 else hidden_ND.dtype
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=exact) if needs[0] else None
-    dweight_VD = torch.empty_like(head.weight_VD, memory_format=torch.contiguous_format) if needs[1] else None
+    new = torch.empty if len(hidden_ND) else torch.zeros  # no row, no product that would write it
+    dweight_VD = new(vocab, depth, dtype=hidden_ND.dtype, device=hidden_ND.device) if needs[1] else None
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
     dbias_V = torch.zeros_like(bias_V) if needs[2] else None
     for cols in spans(vocab, columns):
@@ -288,7 +289,7 @@ def linear_logprob(
     reference); tokens_N: [...] int64 in [0, V), checked on a CPU. Gradients go to hidden, weight and bias. 16-bit
     logits are rounded to 16 bits once, as the model's own head would; their statistics and sums are float32.
 
-    Extra memory: one tile of TILE_BYTES (32 MiB), 40 bytes per row, in backward the gradients themselves and, when some
+    Extra memory: one tile of TILE_BYTES (16 MiB on a CPU, 256 MiB on a GPU), 40 bytes per row, in backward the gradients themselves and, when some
     rows have zero upstream gradient, a copy of the others.
     Raises ValueError for a wrong shape, dtype, device, token, head or temperature.
     """
