@@ -254,7 +254,9 @@ BAD = {
     r"head.weight_VD must have shape \(V, 3\) for hidden_ND of shape \(2, 3\); got \(5, 4\)": dict(
         head=Head(torch.zeros(5, 4))
     ),
-    r"one dtype on one device; got torch.float32 on cpu and torch.bfloat16 on cpu": dict(head=Head(WEIGHT_VD.bfloat16())),
+    r"one dtype on one device; got torch.float32 on cpu and torch.bfloat16 on cpu": dict(
+        head=Head(WEIGHT_VD.bfloat16())
+    ),
     r"head.bias_V must have shape \(5,\) on cpu; got \(4,\)": dict(head=Head(WEIGHT_VD, torch.zeros(4))),
     r"head.logit_scale must be positive, head.softcap positive or None; got 0.0 and None": dict(
         head=Head(WEIGHT_VD, logit_scale=0.0)
