@@ -355,8 +355,9 @@ class FakeHub:
     def create_repo(self, repo_id, private=None, exist_ok=False):
         return Config(repo_id=f"someone/{repo_id}", private=private)
 
-    def upload_folder(self, repo_id, folder_path, commit_message):
-        self.uploads.append((repo_id, self.token, commit_message, sorted(p.name for p in Path(folder_path).iterdir())))
+    def upload_folder(self, repo_id, folder_path, commit_message, **where):
+        files = sorted(path.name for path in Path(folder_path).iterdir())
+        self.uploads.append((repo_id, self.token, commit_message, files, where))
         return "commit"
 
 
@@ -364,11 +365,16 @@ def test_push_to_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "uploads", [])
     wrapper = wrap("gpt2")
-    assert wrapper.push_to_hub("policy", token="secret", private=True) == "commit"
+    assert wrapper.push_to_hub("policy", token="secret", private=True, create_pr=True) == "commit"
     wrapper.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="Step 3")
     files = ["config.json", "generation_config.json", "model.safetensors"]
-    expected = [("someone/policy", "secret", "Upload model", files), ("someone/mine", None, "Step 3", files)]
-    assert FakeHub.uploads == expected
+    first = ("someone/policy", "secret", "Upload model", files, {"create_pr": True})
+    assert FakeHub.uploads == [first, ("someone/mine", None, "Step 3", files, {})]
+
+
+def test_pickles_are_not_written(tmp_path, caplog):
+    wrap("gpt2").save_pretrained(tmp_path, safe_serialization=False)
+    assert "safetensors are written" in caplog.text and (tmp_path / "model.safetensors").exists()
 
 
 # --- reference --------------------------------------------------------------------------------------------------------

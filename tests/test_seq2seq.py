@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForSeq2SeqLM, T5EncoderModel
 
 from fastppo.models import AutoModelForSeq2SeqLMWithValueHead, create_reference_model
@@ -63,7 +64,7 @@ def test_reference_with_shared_layers(name):
     )
     mine, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
     assert {key for key in mine if mine[key].data_ptr() == theirs[key].data_ptr()} == frozen
-    assert torch.equal(reference(**INPUTS)[0], model.eval()(**INPUTS)[0])
+    torch.testing.assert_close(reference(**INPUTS)[0], model.eval()(**INPUTS)[0])
 
 
 @NAMES
@@ -78,6 +79,21 @@ def test_gradients_reach_the_value_head_and_the_encoder(name):
         .grad
         is not None
     )
+
+
+@NAMES
+def test_lora(tmp_path, name):
+    tiny_models.seq2seq(name).save_pretrained(tmp_path / "base")
+    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, init_lora_weights=False)
+    policy = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(tmp_path / "base", peft_config=config).eval()
+    base_logits = tiny_models.seq2seq(name)(**INPUTS).logits
+    assert not torch.allclose(policy(**INPUTS)[0], base_logits, atol=1e-3)
+    with policy.pretrained_model.disable_adapter():
+        torch.testing.assert_close(policy(**INPUTS)[0], base_logits)
+    policy.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(tmp_path / "adapter").eval()
+    for actual, expected in zip(again(**INPUTS)[::2], policy(**INPUTS)[::2], strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_bad_input():

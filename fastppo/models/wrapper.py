@@ -15,6 +15,8 @@ from fastppo.models import checkpoint, pretrained, reward_adapter
 
 logger = logging.getLogger(__name__)
 
+HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr", "revision")
+
 
 class PreTrainedModelWrapper(nn.Module):
     """Holds a transformers model (or a PEFT one) as `pretrained_model`, and modules of its own beside it.
@@ -151,9 +153,11 @@ class PreTrainedModelWrapper(nn.Module):
         """Write a folder that this class and the plain transformers (or PEFT) classes load.
 
         A full model: the value head is in model.safetensors. A PEFT or quantised model: in value_head.safetensors.
-        kwargs go to the wrapped model's save_pretrained; with push_to_hub, also repo_id, token, private, commit_message.
+        kwargs go to the wrapped model's save_pretrained; with push_to_hub, also token and HUB_ARGUMENTS.
         """
-        hub_kwargs = {name: kwargs.pop(name) for name in ("repo_id", "private", "commit_message") if name in kwargs}
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        if not kwargs.pop("safe_serialization", True):
+            logger.warning("save_pretrained: safe_serialization=False is not done any more: safetensors are written")
         state_dict = self.state_dict() if state_dict is None else state_dict
         own = {key: value for key, value in state_dict.items() if key.startswith(self._own_prefixes)}
         is_quantized = getattr(self.pretrained_model, "hf_quantizer", None) is not None
@@ -168,13 +172,15 @@ class PreTrainedModelWrapper(nn.Module):
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             _upload(save_directory, repo_id, token=kwargs.get("token"), **hub_kwargs)
 
-    def push_to_hub(
-        self, repo_id: str, *, commit_message: str | None = None, private: bool | None = None, token=None, **kwargs
-    ):
-        """Upload what save_pretrained writes; returns huggingface_hub's CommitInfo."""
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, **kwargs):
+        """Upload what save_pretrained writes; returns huggingface_hub's CommitInfo.
+
+        kwargs: private, commit_message, create_pr, revision; the others go to save_pretrained.
+        """
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            return _upload(folder, repo_id, token=token, private=private, commit_message=commit_message)
+            return _upload(folder, repo_id, token=token, **hub_kwargs)
 
     @property
     def _own_prefixes(self) -> tuple[str, ...]:
@@ -249,10 +255,10 @@ def _take_model(cls: type[PreTrainedModelWrapper], source: pretrained.Source):
     return pretrained.add_adapter(model, source.peft_config, source.kbit_kwargs)
 
 
-def _upload(folder, repo_id: str, *, token=None, private=None, commit_message=None):
+def _upload(folder, repo_id: str, *, token=None, private=None, commit_message="Upload model", **where):
+    """where: create_pr, revision"""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    message = commit_message or "Upload model"
-    return api.upload_folder(repo_id=full_id, folder_path=str(folder), commit_message=message)
+    return api.upload_folder(repo_id=full_id, folder_path=str(folder), commit_message=commit_message, **where)
