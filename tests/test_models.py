@@ -47,6 +47,17 @@ def test_forward_and_generate_give_trls_numbers(name):
     assert sorted(wrapper.state_dict()) == RECORDED[name]["state_dict"]
 
 
+def test_a_trained_model_gives_trls_numbers(shared):
+    wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(shared / "models/stories260K").eval()
+    tiny_models.fill(wrapper.v_head)
+    expected = RECORDED["stories260K"]
+    with torch.no_grad():
+        _, loss, values = wrapper(TOKENS, attention_mask=MASK, labels=TOKENS)
+    torch.testing.assert_close(values, torch.tensor(expected["values"]), **CLOSE)
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
+    assert wrapper.generate(TOKENS[:1], max_new_tokens=8, do_sample=False).tolist() == expected["greedy"]
+
+
 def test_forward_returns_three_things_or_four():
     wrapper = wrap()
     assert len(wrapper(TOKENS)) == 3 and wrapper(TOKENS)[1] is None
