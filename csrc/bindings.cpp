@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastppo's C++ and CUDA kernels. Arguments are addresses and sizes; Python wrappers in kernels/ check them.";
 #ifdef FASTPPO_CUDA
   m.attr("built_with_cuda") = true;
+  fastppo::bind_cuda(m);
 #else
   m.attr("built_with_cuda") = false;
 #endif

@@ -6,4 +6,5 @@ namespace fastppo {
 #define BIND(op) void bind_##op(pybind11::module_& m);
 #include "ops.inc"
 #undef BIND
+void bind_cuda(pybind11::module_& m);  // bindings_cuda.cpp, in builds with CUDA
 }  // namespace fastppo
