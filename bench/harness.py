@@ -38,6 +38,10 @@ COLUMNS = (
 
 def arguments(description: str) -> argparse.Namespace:
     """--device, --csv/--no-csv, --quick (small shapes: to see that it runs) and --rounds, the same in every bench."""
+    if (
+        "OMP_WAIT_POLICY" not in os.environ
+    ):  # libgomp's spinning threads fight any neighbour; it reads this only at load
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "passive"})
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
