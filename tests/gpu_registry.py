@@ -1,0 +1,25 @@
+"""Every GPU kernel and how it is launched, for the compile gates (test_gpu_compile.py): add a line with a new kernel.
+
+WIDE: the kernel is meant to load 16 bytes at a time. TENSOR_CORES: its products run on wgmma.
+"""
+
+from gpu_compile import TritonCase
+
+WIDE = r"LDG\.E(\.\w+)*\.128"
+TENSOR_CORES = r"\bHGMMA\b"
+
+_PPO_LOSS = {
+    **{name: True for name in ("HAS_MASK", "HAS_ENTROPY", "GRAD", "DUAL", "COUNT")},
+    **{"WHITEN": 2, "BLOCK": 1024, "BLOCK_G": 128},
+}
+
+TRITON: list[TritonCase] = [
+    TritonCase(
+        "fastppo.kernels.ppo_loss:_ppo_loss_kernel",
+        "*fp32 " * 7 + "*i1 " + "*fp32 " * 4 + "*i32 " + "*fp32 " * 4 + "i32 i32 " + "fp32 " * 9,
+        _PPO_LOSS,
+    ),
+]
+
+# file stem -> instructions that some kernel of the file must use on sm_90a
+CUDA_WANTS: dict[str, tuple[str, ...]] = {}

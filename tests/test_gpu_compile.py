@@ -1,0 +1,64 @@
+"""Gates on what the GPU compilers make of every kernel: no spills, no float64, shared memory that fits, the instructions
+that the kernel is meant to use. Runs without a GPU."""
+
+import os
+import re
+
+import pytest
+from gpu_compile import ROOT, Compiled, compile_cuda, compile_triton, nvcc, table
+from gpu_registry import CUDA_WANTS, TRITON
+
+CUDA_SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's process compiles nothing"
+)
+rows: list[Compiled] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def printed_table(request):
+    yield
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n" + table(sorted(rows, key=lambda row: (row.name, row.arch))))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("case", TRITON, ids=lambda case: case.name)
+def test_triton_kernel(case, arch, tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    made = compile_triton(case, arch, tmp_path)
+    rows.append(made)
+    assert not made.faults, f"{made.name} on sm_{arch}: {made.faults}"
+    if arch == 90:
+        assert not made.missing(case.wants_90), f"{made.name}: its SASS has no {made.missing(case.wants_90)}"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda source: source.stem)
+def test_cuda_source(source, arch, tmp_path):
+    pytest.importorskip("triton", reason="triton's wheel brings cuobjdump, which reads the compiled kernels")
+    if nvcc() is None:
+        pytest.skip("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
+    kernels = compile_cuda(source, arch, tmp_path)
+    rows.extend(kernels)
+    faults = {kernel.name: kernel.faults for kernel in kernels if kernel.faults}
+    assert kernels and not faults, f"{source.name} on sm_{arch}: {faults}"
+    wants = CUDA_WANTS.get(source.stem, ()) if arch == 90 else ()
+    unmet = [want for want in wants if all(kernel.missing((want,)) for kernel in kernels)]
+    assert not unmet, f"{source.name}: no kernel's SASS has {unmet}"
+
+
+def test_every_triton_kernel_is_registered():
+    """A kernel that is launched (its name ends in _kernel) and not in the registry is not checked by anything."""
+    listed = {case.kernel.split(":")[1] for case in TRITON}
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        found = re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+_kernel)\(", path.read_text())
+        unlisted = set(found) - listed
+        assert not unlisted, f"{path.name}: {sorted(unlisted)} are not in tests/gpu_registry.py"
+
+
+def test_the_gates_catch_a_spill_and_float64():
+    bad = Compiled("k", 90, 255, 300_000, 16, "STL [R1], R2 ; DFMA R2, R2, R4, R6 ;")
+    assert len(bad.faults) == 3 and bad.missing((r"\bHGMMA\b",)) == [r"\bHGMMA\b"]
+    assert not Compiled("k", 90, 40, 1024, 0, "LDG.E.128 R4, [R2.64] ;").faults
