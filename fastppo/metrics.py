@@ -1,0 +1,110 @@
+"""Statistics of one PPO step, under the names that TRL's users plot.
+
+    objective/  the rollout: KL, entropy, coefficient        ppo/     scores and what the mini-batches reported
+    tokens/     lengths                                      time/    seconds per stage
+    fastppo/    ours: tokens per second, padding saved, mismatch, peak memory, MFU
+
+Suffixes: B sequences, T predicted positions.
+"""
+
+import time
+import warnings
+from contextlib import contextmanager
+
+import torch
+
+from fastppo.core import masked_mean, masked_var
+
+MINIBATCH_KEYS = (
+    "loss/policy", "loss/value", "loss/total",
+    "policy/entropy", "policy/approxkl", "policy/policykl", "policy/clipfrac", "policy/advantages_mean",
+    "returns/mean", "returns/var",
+    "val/vpred", "val/error", "val/clipfrac", "val/mean", "val/var",
+)  # fmt: skip
+
+
+class Clock:
+    """Seconds per named stage. On a GPU a stage ends when its kernels have."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._start = self._now()
+        self.seconds: dict[str, float] = {}
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str):
+        start = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+    def timing(self) -> dict[str, float]:
+        """time/ppo/<stage> and time/ppo/total, in seconds."""
+        return {f"time/ppo/{name}": s for name, s in self.seconds.items()} | {
+            "time/ppo/total": self._now() - self._start
+        }
+
+
+def constant_stats(values, returns, advantages, mask) -> dict[str, torch.Tensor]:
+    """The part of a mini-batch's statistics that doesn't depend on the weights."""
+    return {
+        "policy/advantages_mean": masked_mean(advantages, mask),
+        "returns/mean": masked_mean(returns, mask),
+        "returns/var": masked_var(returns, mask),
+        "val/mean": masked_mean(values, mask),
+        "val/var": masked_var(values, mask),
+    }
+
+
+def objective_stats(kl_coef: float, masks, kls, logprobs, ref_logprobs, non_score_reward, scores) -> dict:
+    """What the batch looked like before the update: KL summed over each response, entropy estimated by -log-prob."""
+    kl_B = (kls * masks).sum(-1)
+    if float(kl_B.mean()) < -1.0:
+        warnings.warn(
+            f"KL divergence is starting to become negative: {float(kl_B.mean()):.2f} - this might be a precursor for failed "
+            "training. Sampling that isn't from the policy itself (top_k, top_p, temperature, min_length) does this.",
+            stacklevel=4,
+        )
+    return {
+        "objective/kl": kl_B.mean(),
+        "objective/kl_dist": kl_B,
+        "objective/logprobs": logprobs,
+        "objective/ref_logprobs": ref_logprobs,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": (-logprobs * masks).sum(-1).mean(),
+        "ppo/mean_non_score_reward": masked_mean(non_score_reward, masks),
+        "ppo/mean_scores": scores.mean(),
+        "ppo/std_scores": scores.std(),
+    }
+
+
+def length_stats(queries, responses) -> dict[str, torch.Tensor]:
+    stats = {}
+    for name, sequences in (("queries", queries), ("responses", responses)):
+        lengths_B = torch.tensor([len(ids) for ids in sequences], dtype=torch.float32)
+        stats[f"tokens/{name}_len_mean"] = lengths_B.mean()
+        stats[f"tokens/{name}_len_std"] = lengths_B.std()
+        stats[f"tokens/{name}_dist"] = lengths_B
+    return stats
+
+
+def flat_train_stats(stacked: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """stack_dicts' [mini-batches, ...] tensors, with the two per-token arrays as one row."""
+    for key in ("policy/advantages", "policy/ratio"):
+        stacked[key] = torch.nan_to_num(stacked[key].flatten()[None], -1)
+    return stacked
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest allocation so far: of the device, or on a CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

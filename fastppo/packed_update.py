@@ -1,0 +1,113 @@
+"""Optimise without padding: micro-batches by token budget, head and loss together, one checked optimizer step per group.
+
+A mini-batch is the unit of the loss (its mean over tokens), a micro-batch the unit of memory: the losses of a
+mini-batch's micro-batches are divided by the mini-batch's token count, so that their gradients add up to its own.
+Suffixes: B sequences, T predicted positions, R response tokens of a pack.
+"""
+
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+
+from fastppo import attention
+from fastppo.data import Experience
+from fastppo.kernels.linear_logprob import Head
+from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
+from fastppo.kernels.ppo_loss import PPOBatch, PPOStats
+from fastppo.packed import Sequences, head_for, hidden_states, pack, plan, value_head
+from fastppo.update import clip_and_check, loss_options, minibatch_stats, warn_ratio
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutMismatch(RuntimeError):
+    """Log-probs from the rollout are too far from the training pass's; nothing was changed yet."""
+
+
+class Result(NamedTuple):
+    """One mini-batch: sums over its tokens, and per token new - old log-prob at flat_R of the batch's [B, T]."""
+
+    sums: PPOStats
+    flat_R: torch.Tensor
+    log_ratio_R: torch.Tensor
+
+
+class Mismatch(NamedTuple):
+    """|rollout - training log-prob| over tokens: mean and max in nats, share of ratios outside [0.9, 1.1]."""
+
+    mean: float
+    max: float
+    outside: float
+
+
+def mismatch(log_ratio_R: torch.Tensor) -> Mismatch:
+    if not len(log_ratio_R):
+        return Mismatch(0.0, 0.0, 0.0)
+    ratio_R, distance_R = log_ratio_R.exp(), log_ratio_R.abs()
+    outside_R = (ratio_R < 0.9) | (ratio_R > 1.1)
+    return Mismatch(float(distance_R.mean()), float(distance_R.max()), float(outside_R.float().mean()))
+
+
+class PackedLearner:
+    """learn(group) for update.optimise, over one Experience."""
+
+    def __init__(self, trainer, head: Head, sequences: Sequences, experience: Experience, tolerance: float | None):
+        """tolerance: largest mean mismatch of rollout log-probs; past it the first learn() raises RolloutMismatch."""
+        self.trainer, self.head, self.sequences, self.experience = trainer, head, sequences, experience
+        self.tolerance = tolerance
+        self.mismatch: Mismatch | None = None
+
+    def learn(self, group: list[list[int]]) -> list[dict]:
+        dropped: set[int] = set()
+        while True:
+            try:
+                results = [self._minibatch(rows, len(group), i not in dropped) for i, rows in enumerate(group)]
+            except torch.OutOfMemoryError:
+                self._forget()
+                self._halve_budget(group)
+                continue
+            ratios = [result.sums.means()["ratio"] for result in results]
+            over = {i for i, ratio in enumerate(ratios) if ratio > self.trainer.config.ratio_threshold} - dropped
+            if not over:
+                break
+            for i in over:
+                warn_ratio(ratios[i], self.trainer.config.ratio_threshold)
+            dropped |= over
+            self._forget()
+        self._check_mismatch(results)
+        self._step(group, results)
+        return [self._stats(rows, result) for rows, result in zip(group, results, strict=True)]
+
+    def _minibatch(self, rows: list[int], minibatches: int, backward: bool) -> Result:
+        budget = self.trainer.config.max_tokens_per_micro_batch
+        count = max(1, int(self.sequences.mask_BT[rows].sum()))
+        parts = []
+        for micro in plan(self.sequences.lengths, rows, budget):
+            packed = pack(self.sequences, micro, only_counting=True)
+            if len(packed.flat_R) == 0:
+                continue
+            with torch.set_grad_enabled(backward):
+                loss, result = self._microbatch(packed, count)
+            if backward:
+                # accelerate divides by gradient_accumulation_steps; a shorter group (never, by config) would not fit
+                self.trainer.accelerator.backward(loss)
+            parts.append(result)
+        if not parts:
+            empty = torch.empty(0, device=self.sequences.mask_BT.device)
+            return Result(PPOStats((torch.zeros(_stat_count()),)), empty.long(), empty)
+        return Result(sum((p.sums for p in parts[1:]), parts[0].sums), *(torch.cat(x) for x in zip(*(p[1:] for p in parts), strict=True)))
+
+    def _microbatch(self, packed, count: int) -> tuple[torch.Tensor, Result]:
+        model, batch = self.trainer.model, self.experience
+        with self.trainer.accelerator.autocast():
+            hidden_RD = hidden_states(model, packed)
+            values_R = value_head(model, hidden_RD)
+            head = head_for(self.head, hidden_RD)
+        old = (batch.logprobs_BT, batch.values_BT, batch.advantages_BT, batch.returns_BT)
+        data = PPOBatch(*(x.flatten()[packed.flat_R] for x in old))
+        output = linear_ppo_loss(
+            hidden_RD, values_R, head, packed.targets_R, data, loss_options(self.trainer.config), normalizer=float(count)
+        )
+        return output.loss, Result(output.stats, packed.flat_R, output.logprob_N - data.old_logprobs_N)

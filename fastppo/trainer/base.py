@@ -1,0 +1,89 @@
+"""What the classic trainer shares with any trainer: data loading, trackers, saving. PPO itself is ppo_trainer.py."""
+
+import inspect
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+
+from fastppo.trainer import columns, hub, setup, tracking
+
+
+class BaseTrainer(PyTorchModelHubMixin):
+    """Needs config, model, tokenizer, accelerator, current_device, current_step and _signature_columns."""
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def prepare_dataloader(self, dataset, data_collator=None):
+        """Shuffled batches of config.batch_size rows; a shorter last batch is dropped."""
+        from datasets import Dataset
+
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset)
+        return columns.dataloader(dataset, self.config.batch_size, data_collator)
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = columns.signature_columns(self.accelerator.unwrap_model(self.model))
+
+    def _remove_unused_columns(self, dataset):
+        if not self.config.remove_unused_columns:
+            return dataset
+        self._set_signature_columns_if_needed()
+        return columns.remove_unused_columns(dataset, self._signature_columns)
+
+    def _filter_kwargs(self, kwargs, target_func):
+        """The entries of kwargs that target_func has a parameter for."""
+        return {k: v for k, v in kwargs.items() if k in inspect.signature(target_func).parameters}
+
+    # --- statistics ---------------------------------------------------------------------------------------------------
+
+    def gather_stats(self, stats):
+        """Tensors of `stats` averaged over processes."""
+        return {
+            k: self.accelerator.reduce(v.to(self.current_device), reduction="mean")
+            if isinstance(v, torch.Tensor)
+            else v
+            for k, v in stats.items()
+        }
+
+    def log_stats(self, stats, batch, rewards, columns_to_log=("query", "response")):
+        """Send the statistics of a step to config.log_with; rewards: the scores as handed to step()."""
+        if not isinstance(rewards, torch.Tensor):
+            rewards = torch.tensor([float(r) for r in rewards], device=self.current_device)
+        rewards = self.accelerator.gather(rewards).flatten().float()
+        logs = dict(stats)
+        if self.config.log_with == "wandb":
+            tracking.check_columns(batch, columns_to_log)
+            logs["game_log"] = tracking.game_log(batch, rewards, columns_to_log, self.accelerator)
+        if not self.accelerator.is_main_process:
+            return
+        logs |= tracking.reward_stats(rewards)
+        tensorboard = self.config.log_with == "tensorboard"
+        self.current_step += tensorboard
+        self.accelerator.log(logs, step=self.current_step if tensorboard else None)
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, path: str, model_name: str = "TRL Model") -> None:
+        hub.write_card(path, model_name, type(self.accelerator.unwrap_model(self.model)).__name__)
+
+    def _save_pretrained(self, save_directory) -> None:
+        """Model, tokenizer and model card; save_pretrained and push_to_hub call it."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
+        self.create_model_card(save_directory)
+
+    def _show_tokens(self, tokens, masks):
+        """Print the tokens, those that count (mask 1) in another colour."""
+        from rich import print as rich_print
+        from rich.text import Text
+
+        text = Text()
+        for token, counts in zip(tokens, masks, strict=True):
+            text.append(self.tokenizer.decode(int(token)), style="black on deep_sky_blue1" if counts else "black on white")
+            text.append(" ")
+        rich_print(text)
+
+    def _prepare_deepspeed(self, model):
+        """The reference under the policy's DeepSpeed configuration (ZeRO-3 shards it; else replicated)."""
+        return setup.prepare_deepspeed(self.accelerator, model)

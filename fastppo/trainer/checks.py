@@ -1,0 +1,87 @@
+"""What PPOTrainer accepts, and the words in which it declines the rest."""
+
+import warnings
+
+import torch
+
+
+def check_init(config, model, ref_model, tokenizer, dataset, num_shared_layers) -> None:
+    """ValueError for an argument of the wrong type; warnings for what is probably a slip."""
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from fastppo.config import PPOConfig
+    from fastppo.models import SUPPORTED_ARCHITECTURES
+
+    if not isinstance(config, PPOConfig):
+        raise ValueError(f"config must be a PPOConfig, got {type(config)}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "
+            f"got {type(tokenizer)}"
+        )
+    names = " or ".join(cls.__name__ for cls in SUPPORTED_ARCHITECTURES)
+    for name, given, optional in (("model", model, False), ("ref_model", ref_model, True)):
+        if not isinstance(given, SUPPORTED_ARCHITECTURES) and not (optional and given is None):
+            raise ValueError(
+                f"{name} must be a PreTrainedModelWrapper{' or `None`' * optional}, got {type(given)} - supported "
+                f"architectures are: {names}; wrap it: {names.split(' or ')[0]}.from_pretrained({name})"
+            )
+    if dataset is not None and not isinstance(dataset, (torch.utils.data.Dataset, Dataset)):
+        raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
+    if ref_model is not None and num_shared_layers is not None:
+        warnings.warn("num_shared_layers is ignored when ref_model is provided", UserWarning, stacklevel=3)
+    if dataset is None:
+        warnings.warn(
+            "No dataset is provided. Make sure to set config.batch_size to the correct value before training.",
+            UserWarning,
+            stacklevel=3,
+        )
+    if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
+        raise ValueError("You have to specify repo_id in order to push the model to the hub!")
+
+
+def check_scheduler(lr_scheduler) -> None:
+    if lr_scheduler is not None and not isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
+
+
+def check_step(batch_size: int, device, queries, responses, scores, masks=None):
+    """(queries, responses, scores, masks) on `device`; every score 0-D. ValueError says which list is wrong and why."""
+    named = {"queries": queries, "responses": responses, "scores": scores}
+    if masks is not None:
+        named["masks"] = masks
+    for name, tensors in named.items():
+        if not isinstance(tensors, list):
+            raise ValueError(f"{name} must be a list of tensors - got {type(tensors)}")
+        for element in tensors:
+            if not isinstance(element, torch.Tensor):
+                raise ValueError(f"Elements in {name} must be tensors - got {type(element)}")
+        if len(tensors) != batch_size:
+            raise ValueError(
+                f"Batch size ({batch_size}) does not match number of examples - but got {len(tensors)} for: {name}"
+            )
+    queries, responses, scores = ([x.to(device) for x in xs] for xs in (queries, responses, scores))
+    _check_shapes(queries, responses, scores, masks)
+    scores = [score.reshape(()).float() for score in scores]
+    return queries, responses, scores, None if masks is None else [mask.to(device) for mask in masks]
+
+
+def _check_shapes(queries, responses, scores, masks) -> None:
+    for name, tensors in (("queries", queries), ("responses", responses)):
+        for row, ids in enumerate(tensors):
+            if ids.dim() != 1 or ids.is_floating_point():
+                raise ValueError(f"{name}[{row}] must be a 1-D tensor of token ids, got {ids.dtype} {tuple(ids.shape)}")
+    for row, ids in enumerate(queries):
+        if len(ids) == 0:
+            raise ValueError(f"queries[{row}] is empty; the first token needs one before it, e.g. the bos token")
+    if all(len(ids) == 0 for ids in responses):
+        raise ValueError("every response is empty; there is nothing to learn from")
+    for row, score in enumerate(scores):
+        if score.numel() != 1:
+            raise ValueError(f"Scores must be 1-dimensional - got {tuple(score.shape)} for scores[{row}]: one number each")
+    for row, mask in enumerate(masks or []):
+        if mask.shape != responses[row].shape:
+            raise ValueError(
+                f"masks[{row}] must have the shape of its response {tuple(responses[row].shape)}, got {tuple(mask.shape)}"
+            )

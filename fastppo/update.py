@@ -1,0 +1,148 @@
+"""Optimise: Experience -> updated weights + one dict of statistics per mini-batch.
+
+    for each epoch: rows in random order -> groups of gradient_accumulation_steps mini-batches -> one optimizer step each
+    loss = mean over a mini-batch's tokens, mean over the mini-batches of a group
+
+The padded mini-batch is here; the packed one is packed_update.py. Suffixes: B sequences, T predicted positions.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fastppo.kernels.logprob import logprob
+from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss
+from fastppo.score import NonFinite
+
+# PPOStats.means() -> TRL's names below ppo/
+_NAMES = {
+    "policy_loss": "loss/policy",
+    "value_loss": "loss/value",
+    "entropy": "policy/entropy",
+    "approx_kl": "policy/approxkl",
+    "policy_kl": "policy/policykl",
+    "policy_clipped": "policy/clipfrac",
+    "advantage": "policy/advantages_mean",
+    "return": "returns/mean",
+    "return_var": "returns/var",
+    "value": "val/vpred",
+    "value_error": "val/error",
+    "value_clipped": "val/clipfrac",
+    "old_value": "val/mean",
+    "old_value_var": "val/var",
+}
+
+
+def loss_options(config) -> PPOLossOptions:
+    return PPOLossOptions(config.cliprange, config.cliprange_value, config.vf_coef)
+
+
+def groups(config) -> Iterator[list[list[int]]]:
+    """One epoch: the rows in random order, in groups (one optimizer step) of mini-batches."""
+    order = np.random.permutation(config.batch_size).tolist()
+    for start in range(0, config.batch_size, config.backward_batch_size):
+        group = order[start : start + config.backward_batch_size]
+        yield [group[i : i + config.mini_batch_size] for i in range(0, len(group), config.mini_batch_size)]
+
+
+def optimise(config, learn: Callable[[list[list[int]]], list[dict]], early_stop: Callable[[float], bool]) -> list[dict]:
+    """Run the epochs; learn(group) makes one optimizer step and returns the statistics of its mini-batches."""
+    stats = []
+    for _ in range(config.ppo_epochs):
+        for group in groups(config):
+            stats += learn(group)
+        if early_stop(float(stats[-1]["policy/policykl"])):
+            break
+    return stats
+
+
+def minibatch_stats(sums: PPOStats, config, advantages_BT, ratio_BT) -> dict[str, torch.Tensor]:
+    """TRL's statistics of a mini-batch. Above ratio_threshold the losses read 0, as nothing is learnt from it."""
+    means = sums.means()
+    if means["ratio"] > config.ratio_threshold:
+        means["policy_loss"] = means["value_loss"] = 0.0
+    stats = {name: torch.tensor(means[ours]) for ours, name in _NAMES.items()}
+    stats["loss/total"] = stats["loss/policy"] + config.vf_coef * stats["loss/value"]
+    return stats | {"policy/advantages": advantages_BT, "policy/ratio": ratio_BT.detach()}
+
+
+def padded_loss(config, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
+    """(policy loss, vf_coef * value loss, statistics); both losses are means over the mask and differentiable."""
+    options = loss_options(config)
+    mask = mask.bool()
+    batch = PPOBatch(*(x.detach().float().contiguous() for x in (old_logprobs, values, advantages, returns)), mask)
+    with torch.no_grad():
+        entropy = logprob(logits, torch.zeros_like(mask, dtype=torch.long)).entropy
+        ratio = (logprobs - old_logprobs).exp()
+    logprobs, vpreds = logprobs.float(), vpreds.float()
+    frozen = logprobs.detach()
+    policy = ppo_loss(logprobs, vpreds.detach(), batch, replace(options, vf_coef=0.0), entropy_N=entropy)
+    # advantages of zero leave the value loss alone, so that callers can differentiate the two apart
+    value = ppo_loss(frozen, vpreds, batch._replace(advantages_N=torch.zeros_like(batch.advantages_N)), options)
+    stats = minibatch_stats(policy.stats, config, advantages, ratio)
+    mean_ratio = policy.stats.means()["ratio"]
+    if not mean_ratio > config.ratio_threshold:
+        return policy.loss, value.loss, stats
+    warn_ratio(mean_ratio, config.ratio_threshold)
+    # NaN-free zeros with a graph: backward runs and changes nothing
+    zero = torch.zeros_like(logprobs)
+    return (logprobs * zero).sum(), (vpreds * zero).sum(), stats
+
+
+def warn_ratio(mean_ratio: float, threshold: float) -> None:
+    warnings.warn(
+        f"The average ratio of batch ({mean_ratio:.2f}) exceeds threshold {threshold:.2f}. Skipping batch.", stacklevel=3
+    )
+
+
+def clip_and_check(parameters, max_norm: float | None) -> float:
+    """Clip the gradients to max_norm (None: don't) and return their norm before that."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm is not None and bool(torch.isfinite(norm)):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
+
+
+class Guard:
+    """Keeps NaN and infinity from the weights: 'stop' raises NonFinite, 'skip' warns and leaves the weights alone."""
+
+    def __init__(self, action: str):
+        self.action = action
+        self.skipped = 0
+
+    def allows(self, what: str, value: float, rows=None, step: int | None = None) -> bool:
+        """True when `value` is finite; else warn and return False ('skip') or raise ('stop')."""
+        if np.isfinite(value):
+            return True
+        batch = "" if rows is None else f" in mini-batch rows {list(rows)}"
+        self.report(f"{what} is {value}{batch}" + ("" if step is None else f" of step {step}"))
+        return False
+
+    def report(self, message: str) -> None:
+        message = f"PPOTrainer.step: {message}; the weights are as before it"
+        if self.action == "stop":
+            raise NonFinite(f"{message}. on_nonfinite='skip' goes on with the next batch")
+        self.skipped += 1
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@contextmanager
+def eval_mode(*models) -> Iterator[None]:
+    """Dropout off inside; gradient checkpointing, which layers only do while training, stays on."""
+    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    for model in models:
+        if model is not None:
+            model.eval()
+    for module, _ in modes:
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # this module only: dropout sits in its children, which stay in eval mode
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
