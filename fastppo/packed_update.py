@@ -6,18 +6,16 @@ Suffixes: B sequences, T predicted positions, R response tokens of a pack.
 """
 
 import logging
-import math
 from typing import NamedTuple
 
 import torch
 
-from fastppo import attention
 from fastppo.data import Experience
 from fastppo.kernels.linear_logprob import Head
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
-from fastppo.kernels.ppo_loss import PPOBatch, PPOStats
+from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOStats
 from fastppo.packed import Sequences, head_for, hidden_states, pack, plan, value_head
-from fastppo.update import clip_and_check, loss_options, minibatch_stats, warn_ratio
+from fastppo.update import apply_step, loss_options, minibatch_stats, warn_ratio
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +94,12 @@ class PackedLearner:
             parts.append(result)
         if not parts:
             empty = torch.empty(0, device=self.sequences.mask_BT.device)
-            return Result(PPOStats((torch.zeros(_stat_count()),)), empty.long(), empty)
-        return Result(sum((p.sums for p in parts[1:]), parts[0].sums), *(torch.cat(x) for x in zip(*(p[1:] for p in parts), strict=True)))
+            return Result(PPOStats((torch.zeros(len(STATS)),)), empty.long(), empty)
+        return Result(
+            sum((part.sums for part in parts[1:]), parts[0].sums),
+            torch.cat([part.flat_R for part in parts]),
+            torch.cat([part.log_ratio_R for part in parts]),
+        )
 
     def _microbatch(self, packed, count: int) -> tuple[torch.Tensor, Result]:
         model, batch = self.trainer.model, self.experience
@@ -111,3 +113,68 @@ class PackedLearner:
             hidden_RD, values_R, head, packed.targets_R, data, loss_options(self.trainer.config), normalizer=float(count)
         )
         return output.loss, Result(output.stats, packed.flat_R, output.logprob_N - data.old_logprobs_N)
+
+    def _stats(self, rows: list[int], result: Result) -> dict[str, torch.Tensor]:
+        """TRL's statistics; its per-token arrays hold ratio 1 where no token counts."""
+        ratio_BT = torch.ones(self.sequences.shape, device=result.flat_R.device)
+        ratio_BT.view(-1)[result.flat_R] = result.log_ratio_R.exp()
+        return minibatch_stats(
+            result.sums, self.trainer.config, self.experience.advantages_BT[rows], ratio_BT[rows]
+        )
+
+    # --- once per group -----------------------------------------------------------------------------------------------
+
+    def _check_mismatch(self, results: list[Result]) -> None:
+        """In the first group the weights are still the rollout's: new - old is the mismatch of the two passes."""
+        if self.mismatch is not None:
+            return
+        self.mismatch = mismatch(torch.cat([result.log_ratio_R for result in results]))
+        if self.tolerance is not None and not self.mismatch.mean <= self.tolerance:
+            self._forget()
+            raise RolloutMismatch(f"mean |log-prob difference| {self.mismatch.mean:.3g} nats, allowed {self.tolerance:.3g}")
+
+    def _step(self, group: list[list[int]], results: list[Result]) -> None:
+        trainer = self.trainer
+        for parameter in trainer.model_params:
+            if parameter.grad is None:
+                # every mini-batch dropped: TRL's step on zero gradients (Adam still moves by its momentum)
+                parameter.grad = torch.zeros_like(parameter)
+        self._reduce_gradients()
+        if apply_step(trainer, (group, [r.sums.means() for r in results])):
+            return
+        self._forget()
+
+    def _reduce_gradients(self) -> None:
+        """Mean over processes. The packed pass calls the module inside DDP, so DDP's own hooks don't run."""
+        trainer = self.trainer
+        if trainer.accelerator.num_processes == 1:
+            return
+        flat = torch.nn.utils.parameters_to_vector([p.grad for p in trainer.model_params])
+        flat = trainer.accelerator.reduce(flat, reduction="mean")
+        start = 0
+        for parameter in trainer.model_params:
+            parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
+            start += parameter.numel()
+
+    def _forget(self) -> None:
+        """Drop the group's gradients."""
+        for parameter in self.trainer.model_params:
+            parameter.grad = None
+
+    def _halve_budget(self, group: list[list[int]]) -> None:
+        config, lengths = self.trainer.config, self.sequences.lengths
+        longest = max(lengths[r] for rows in group for r in rows)
+        used = config.max_tokens_per_micro_batch or max(sum(lengths[r] for r in rows) for rows in group)
+        if used <= longest:
+            raise torch.OutOfMemoryError(
+                f"PPOTrainer.step: out of memory on one sequence of {longest} tokens; shorten responses, or turn on "
+                "gradient_checkpointing or mixed_precision='bf16'"
+            )
+        config.max_tokens_per_micro_batch = max(longest, used // 2)
+        logger.warning(
+            "out of memory: max_tokens_per_micro_batch is %d from here on (was %d); results stay the same",
+            config.max_tokens_per_micro_batch,
+            used,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

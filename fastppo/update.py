@@ -99,8 +99,34 @@ def warn_ratio(mean_ratio: float, threshold: float) -> None:
     )
 
 
-def clip_and_check(parameters, max_norm: float | None) -> float:
-    """Clip the gradients to max_norm (None: don't) and return their norm before that."""
+def apply_step(trainer, group) -> bool:
+    """Clip the gradients, check them, step the optimizer. False (weights untouched) when the guard declines.
+
+    group: (rows of each mini-batch, PPOStats.means() of each) for the guard's words.
+    """
+    accelerator, config = trainer.accelerator, trainer.config
+    accelerator.gradient_state._set_sync_gradients(True)
+    accelerator.unscale_gradients(trainer.optimizer)
+    norm = clip(trainer.model_params, config.max_grad_norm)
+    # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
+    fine = accelerator.scaler is not None or all(
+        trainer._guard.allows(what, value, rows, trainer._steps_done) for what, value, rows in _watched(group, norm)
+    )
+    if fine:
+        trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return fine
+
+
+def _watched(group, norm: float):
+    rows, means = group
+    for minibatch, mean in zip(rows, means, strict=True):
+        yield "loss", mean["policy_loss"] + mean["value_loss"], minibatch
+    yield "gradient norm", norm, sum(rows, [])
+
+
+def clip(parameters, max_norm: float | None) -> float:
+    """Scale gradients down to max_norm (None: don't); returns their norm before that."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if max_norm is not None and bool(torch.isfinite(norm)):

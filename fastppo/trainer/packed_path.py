@@ -1,0 +1,143 @@
+"""The packed way through a step: no padding, no [tokens, vocabulary] tensor, old log-probs from the rollout if they agree.
+
+Suffixes: B sequences, T predicted positions.
+"""
+
+import logging
+from contextlib import nullcontext
+
+import torch
+
+from fastppo import packed, update
+from fastppo.data import Experience
+from fastppo.metrics import Clock
+from fastppo.packed_update import Mismatch, PackedLearner, RolloutMismatch, mismatch
+from fastppo.trainer.padded_path import shape_rewards
+
+logger = logging.getLogger(__name__)
+
+# tokens of a packed pass without gradient, where the config sets no budget
+FORWARD_TOKENS = 8192
+
+
+class PackedPath:
+    """prepare and optimise over packed sequences; [B, T] matrices hold 0 where there is no response token."""
+
+    def __init__(self, trainer, head, reference_head):
+        self.trainer, self.head, self.reference_head = trainer, head, reference_head
+        self._trust_rollout = True
+        self._mismatch: Mismatch | None = None
+
+    # --- prepare ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, queries, responses, scores_B, response_masks, clock: Clock) -> Experience:
+        t = self.trainer
+        self._check_lengths(queries, responses)
+        self._sequences = packed.sequences(queries, responses, response_masks, t.tokenizer.padding_side == "left")
+        self._mismatch = None
+        with clock.stage("forward_pass"), update.eval_mode(t.model, t.ref_model), t.accelerator.autocast():
+            ref_logprobs = self._score(self._reference(), with_values=False)[0]
+            kl_BT = self._full_kl() if t.config.kl_penalty == "full" else None
+            logprobs, values, from_rollout = self._old(t._rollouts.find(queries, responses))
+        self._parts = ((queries, responses), scores_B, ref_logprobs, kl_BT, clock)
+        return self._experience(logprobs, values, from_rollout)
+
+    def _experience(self, logprobs, values, from_rollout: bool) -> Experience:
+        sequences, scores_B, ref_logprobs, kl_BT, clock = self._parts
+        compared = (logprobs, ref_logprobs) if kl_BT is None else (kl_BT, None)
+        tensors = (None, self._sequences.mask_BT, logprobs, ref_logprobs, values)
+        return shape_rewards(self.trainer, sequences, scores_B, tensors, compared, clock, from_rollout)
+
+    def _policy(self):
+        return self.trainer.model, self.head, nullcontext
+
+    def _reference(self):
+        t = self.trainer
+        return (t.model if t.ref_model is None else t.ref_model), self.reference_head, t.optional_peft_ctx
+
+    def _budget(self) -> int:
+        return self.trainer.config.max_tokens_per_micro_batch or FORWARD_TOKENS
+
+    def _score(self, acting, with_values: bool):
+        model, head, context = acting
+        with context():
+            return packed.score_tokens(model, head, self._sequences, self._budget(), with_values)
+
+    def _full_kl(self):
+        return packed.full_kl_tokens(self._policy(), self._reference(), self._sequences, self._budget())
+
+    def _old(self, taken):
+        """(logprobs, values, from_rollout): the rollout's where allowed, else from a pass, which measures the mismatch."""
+        allowed = {"rollout": True, "recompute": False, "auto": self._trust_rollout}[self.trainer.config.old_logprobs]
+        if taken is not None:
+            logprobs, values = (self._scatter([row[i] for row in taken]) for i in (0, 1))
+            if allowed:
+                return logprobs, values, True
+        recomputed, values = self._score(self._policy(), with_values=True)
+        if taken is not None:
+            mask = self._sequences.mask_BT
+            self._mismatch = mismatch((recomputed - logprobs)[mask])
+            self._trust_rollout = self._mismatch.mean <= self.trainer.config.max_mismatch
+        return recomputed, values, False
+
+    def _scatter(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        matrix_BT = torch.zeros(self._sequences.shape, device=self._sequences.mask_BT.device)
+        for row, (first, values) in enumerate(zip(self._sequences.columns, rows, strict=True)):
+            matrix_BT[row, first : first + len(values)] = values
+        return matrix_BT
+
+    def _check_lengths(self, queries, responses) -> None:
+        config = self.trainer.accelerator.unwrap_model(self.trainer.model).config
+        limit = getattr(config, "max_position_embeddings", None)
+        for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
+            if limit and len(query) + len(response) > limit:
+                raise ValueError(
+                    f"PPOTrainer.step: sequence {row} has {len(query)} + {len(response)} tokens, the model's limit is "
+                    f"{limit} (max_position_embeddings)"
+                )
+
+    # --- optimise -----------------------------------------------------------------------------------------------------
+
+    def optimise(self, batch: Experience) -> tuple[Experience, list[dict]]:
+        """(the Experience that was learnt from, statistics): rollout log-probs that don't agree are recomputed first."""
+        t = self.trainer
+        automatic = t.config.old_logprobs == "auto" and batch.from_rollout
+        learner = self._learner(batch, t.config.max_mismatch if automatic else None)
+        with update.eval_mode(t.model):
+            try:
+                stats = self._run(learner)
+            except RolloutMismatch as error:
+                logger.warning("step() recomputes old log-probs from here on, the rollout's are off: %s", error)
+                self._trust_rollout = False
+                with t.accelerator.autocast():
+                    logprobs, values = self._score(self._policy(), with_values=True)
+                batch = self._experience(logprobs, values, from_rollout=False)
+                learner = self._learner(batch, None)
+                stats = self._run(learner)
+        if batch.from_rollout:
+            self._mismatch = learner.mismatch
+            self._warn_mismatch()
+        return batch, stats
+
+    def _learner(self, batch: Experience, tolerance) -> PackedLearner:
+        return PackedLearner(self.trainer, self.head, self._sequences, batch, tolerance)
+
+    def _run(self, learner: PackedLearner) -> list[dict]:
+        from fastppo import attention
+
+        with attention.install(self.trainer.model):
+            return update.optimise(self.trainer.config, learner.learn, self.trainer._early_stop)
+
+    def _warn_mismatch(self) -> None:
+        if self._mismatch.mean > self.trainer.config.max_mismatch:
+            logger.warning(
+                "rollout and training log-probs differ by %.3g nats on average (max_mismatch %.3g)",
+                self._mismatch.mean,
+                self.trainer.config.max_mismatch,
+            )
+
+    def extra_stats(self) -> dict[str, float]:
+        """fastppo/: mismatch of rollout and training log-probs, where the rollout was ours."""
+        if self._mismatch is None:
+            return {}
+        return {f"fastppo/mismatch_{name}": value for name, value in self._mismatch._asdict().items()}
