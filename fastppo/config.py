@@ -134,7 +134,9 @@ class PPOConfig:
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
             if self.optimize_device_cache:
-                raise ValueError("PPOConfig: give optimize_device_cache or the deprecated optimize_cuda_cache, not both")
+                raise ValueError(
+                    "PPOConfig: give optimize_device_cache or the deprecated optimize_cuda_cache, not both"
+                )
             self.optimize_device_cache = self.optimize_cuda_cache
 
     def _check_values(self):
@@ -143,7 +145,14 @@ class PPOConfig:
         check_choice("old_logprobs", self.old_logprobs, OLD_LOGPROBS)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("mixed_precision", self.mixed_precision, (None, *PRECISIONS))
-        positive = ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "steps", "compare_steps")
+        positive = (
+            "batch_size",
+            "mini_batch_size",
+            "gradient_accumulation_steps",
+            "ppo_epochs",
+            "steps",
+            "compare_steps",
+        )
         for name in positive:
             self._check(name, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1)
         for name in ("gamma", "lam"):

@@ -71,7 +71,7 @@ def padded_forward(
         rows = slice(start, start + chunk)
         logits, _, value = model(**{name: x[rows] for name, x in inputs.items()})[:3]
         logits = logits[:, :-1]
-        logprobs.append(logprob(logits, tokens[rows, 1:]).logprob)
+        logprobs.append(logprob(logits, tokens[rows, 1:]).logprob_N)
         values.append(value[:, :-1])
         if return_logits:
             logits_parts.append(logits)
@@ -104,6 +104,15 @@ def kl_rewards(scores_B, logprobs, ref_logprobs, mask_BT, *, kl_coef: float, kin
         zeros_BT = torch.zeros_like(kl_BT)
         return kl_reward(zeros_BT, zeros_BT, mask_BT, scores_B, kl_coef=kl_coef, kind=kind, full_kl_BT=kl_BT)
     return kl_reward(logprobs, ref_logprobs, mask_BT, scores_B, kl_coef=kl_coef, kind=kind)
+
+
+def kl_penalty(logprobs, ref_logprobs, kind: str) -> torch.Tensor:
+    """The per-token KL estimate of `kind`; any leading shape."""
+    if kind == "full":
+        return full_kl(logprobs, ref_logprobs)
+    flat = [x.reshape(1, -1) for x in (logprobs, ref_logprobs)]
+    everywhere = torch.ones_like(flat[0], dtype=torch.bool)
+    return kl_reward(*flat, everywhere, flat[0].new_zeros(1), kl_coef=0.0, kind=kind).kl_BT.reshape(logprobs.shape)
 
 
 def advantages_and_returns(values_BT, rewards_BT, mask_BT, *, gamma: float, lam: float, whiten_rewards: bool):

@@ -13,14 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastppo.core import masked_mean, masked_var
-
-MINIBATCH_KEYS = (
-    "loss/policy", "loss/value", "loss/total",
-    "policy/entropy", "policy/approxkl", "policy/policykl", "policy/clipfrac", "policy/advantages_mean",
-    "returns/mean", "returns/var",
-    "val/vpred", "val/error", "val/clipfrac", "val/mean", "val/var",
-)  # fmt: skip
+from fastppo.core import masked_mean
 
 
 class Clock:
@@ -47,17 +40,6 @@ class Clock:
         return {f"time/ppo/{name}": s for name, s in self.seconds.items()} | {
             "time/ppo/total": self._now() - self._start
         }
-
-
-def constant_stats(values, returns, advantages, mask) -> dict[str, torch.Tensor]:
-    """The part of a mini-batch's statistics that doesn't depend on the weights."""
-    return {
-        "policy/advantages_mean": masked_mean(advantages, mask),
-        "returns/mean": masked_mean(returns, mask),
-        "returns/var": masked_var(returns, mask),
-        "val/mean": masked_mean(values, mask),
-        "val/var": masked_var(values, mask),
-    }
 
 
 def objective_stats(kl_coef: float, masks, kls, logprobs, ref_logprobs, non_score_reward, scores) -> dict:
@@ -108,3 +90,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def throughput(batch, clock: Clock, ppo_epochs: int, device: torch.device) -> dict[str, float]:
+    """fastppo/: tokens (query + response) per second by phase, share of padding a padded batch would have, peak memory."""
+    lengths = [len(q) + len(r) for q, r in zip(batch.queries, batch.responses, strict=True)]
+    tokens = sum(lengths)
+    seconds = clock.seconds
+    return {
+        "fastppo/tokens": float(tokens),
+        "fastppo/padding_saved": 1 - tokens / (max(lengths) * len(lengths)),
+        "fastppo/prepare_tokens_per_s": tokens / max(seconds["forward_pass"], 1e-9),
+        "fastppo/optimise_tokens_per_s": tokens * ppo_epochs / max(seconds["optimize_step"], 1e-9),
+        "fastppo/peak_memory_bytes": float(peak_memory_bytes(device)),
+    }

@@ -127,7 +127,7 @@ def score_tokens(model, head: Head, batch: Sequences, budget: int | None, with_v
         for packed in packs(batch, budget):
             hidden_RD = hidden_states(model, packed)
             result = linear_logprob(hidden_RD, head_for(head, hidden_RD), packed.targets_R)
-            logprobs.view(-1)[packed.flat_R] = result.logprob.float()
+            logprobs.view(-1)[packed.flat_R] = result.logprob_N.float()
             if with_values:
                 values.view(-1)[packed.flat_R] = value_head(model, hidden_RD)
     return logprobs, values

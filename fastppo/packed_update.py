@@ -110,7 +110,13 @@ class PackedLearner:
         old = (batch.logprobs_BT, batch.values_BT, batch.advantages_BT, batch.returns_BT)
         data = PPOBatch(*(x.flatten()[packed.flat_R] for x in old))
         output = linear_ppo_loss(
-            hidden_RD, values_R, head, packed.targets_R, data, loss_options(self.trainer.config), normalizer=float(count)
+            hidden_RD,
+            values_R,
+            head,
+            packed.targets_R,
+            data,
+            loss_options(self.trainer.config),
+            normalizer=float(count),
         )
         return output.loss, Result(output.stats, packed.flat_R, output.logprob_N - data.old_logprobs_N)
 
@@ -118,9 +124,7 @@ class PackedLearner:
         """TRL's statistics; its per-token arrays hold ratio 1 where no token counts."""
         ratio_BT = torch.ones(self.sequences.shape, device=result.flat_R.device)
         ratio_BT.view(-1)[result.flat_R] = result.log_ratio_R.exp()
-        return minibatch_stats(
-            result.sums, self.trainer.config, self.experience.advantages_BT[rows], ratio_BT[rows]
-        )
+        return minibatch_stats(result.sums, self.trainer.config, self.experience.advantages_BT[rows], ratio_BT[rows])
 
     # --- once per group -----------------------------------------------------------------------------------------------
 
@@ -131,7 +135,9 @@ class PackedLearner:
         self.mismatch = mismatch(torch.cat([result.log_ratio_R for result in results]))
         if self.tolerance is not None and not self.mismatch.mean <= self.tolerance:
             self._forget()
-            raise RolloutMismatch(f"mean |log-prob difference| {self.mismatch.mean:.3g} nats, allowed {self.tolerance:.3g}")
+            raise RolloutMismatch(
+                f"mean |log-prob difference| {self.mismatch.mean:.3g} nats, allowed {self.tolerance:.3g}"
+            )
 
     def _step(self, group: list[list[int]], results: list[Result]) -> None:
         trainer = self.trainer

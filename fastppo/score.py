@@ -71,7 +71,9 @@ def _pipeline_scores(pipe, texts: list[str]) -> list[float]:
 @torch.no_grad()
 def _classifier_scores(model: torch.nn.Module, texts: list[str], tokenizer) -> torch.Tensor:
     if tokenizer is None:
-        raise ValueError("score: a sequence classifier needs its tokenizer: score(model, prompts, responses, tokenizer)")
+        raise ValueError(
+            "score: a sequence classifier needs its tokenizer: score(model, prompts, responses, tokenizer)"
+        )
     device = next(model.parameters()).device
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
     return model(**inputs).logits[:, -1].float()

@@ -76,7 +76,7 @@ def padded_loss(config, old_logprobs, values, logits, vpreds, logprobs, mask, ad
     mask = mask.bool()
     batch = PPOBatch(*(x.detach().float().contiguous() for x in (old_logprobs, values, advantages, returns)), mask)
     with torch.no_grad():
-        entropy = logprob(logits, torch.zeros_like(mask, dtype=torch.long)).entropy
+        entropy = logprob(logits, torch.zeros_like(mask, dtype=torch.long)).entropy_N
         ratio = (logprobs - old_logprobs).exp()
     logprobs, vpreds = logprobs.float(), vpreds.float()
     frozen = logprobs.detach()
@@ -95,7 +95,8 @@ def padded_loss(config, old_logprobs, values, logits, vpreds, logprobs, mask, ad
 
 def warn_ratio(mean_ratio: float, threshold: float) -> None:
     warnings.warn(
-        f"The average ratio of batch ({mean_ratio:.2f}) exceeds threshold {threshold:.2f}. Skipping batch.", stacklevel=3
+        f"The average ratio of batch ({mean_ratio:.2f}) exceeds threshold {threshold:.2f}. Skipping batch.",
+        stacklevel=3,
     )
 
 

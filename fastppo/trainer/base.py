@@ -80,7 +80,9 @@ class BaseTrainer(PyTorchModelHubMixin):
 
         text = Text()
         for token, counts in zip(tokens, masks, strict=True):
-            text.append(self.tokenizer.decode(int(token)), style="black on deep_sky_blue1" if counts else "black on white")
+            text.append(
+                self.tokenizer.decode(int(token)), style="black on deep_sky_blue1" if counts else "black on white"
+            )
             text.append(" ")
         rich_print(text)
 

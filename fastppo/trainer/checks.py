@@ -79,7 +79,9 @@ def _check_shapes(queries, responses, scores, masks) -> None:
         raise ValueError("every response is empty; there is nothing to learn from")
     for row, score in enumerate(scores):
         if score.numel() != 1:
-            raise ValueError(f"Scores must be 1-dimensional - got {tuple(score.shape)} for scores[{row}]: one number each")
+            raise ValueError(
+                f"Scores must be 1-dimensional - got {tuple(score.shape)} for scores[{row}]: one number each"
+            )
     for row, mask in enumerate(masks or []):
         if mask.shape != responses[row].shape:
             raise ValueError(

@@ -5,11 +5,13 @@ Suffixes: B sequences, T predicted positions.
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
 from fastppo import packed, update
 from fastppo.data import Experience
+from fastppo.kernels.kl_reward import kl_reward
 from fastppo.metrics import Clock
 from fastppo.packed_update import Mismatch, PackedLearner, RolloutMismatch, mismatch
 from fastppo.trainer.padded_path import shape_rewards
@@ -43,10 +45,12 @@ class PackedPath:
         return self._experience(logprobs, values, from_rollout)
 
     def _experience(self, logprobs, values, from_rollout: bool) -> Experience:
+        t, mask = self.trainer, self._sequences.mask_BT
         sequences, scores_B, ref_logprobs, kl_BT, clock = self._parts
-        compared = (logprobs, ref_logprobs) if kl_BT is None else (kl_BT, None)
-        tensors = (None, self._sequences.mask_BT, logprobs, ref_logprobs, values)
-        return shape_rewards(self.trainer, sequences, scores_B, tensors, compared, clock, from_rollout)
+        options = {"kl_coef": t.kl_ctl.value, "kind": t.config.kl_penalty, "full_kl_BT": kl_BT}
+        reward = partial(kl_reward, logprobs, ref_logprobs, mask, scores_B, **options)
+        tensors = (None, mask, logprobs, ref_logprobs, values)
+        return shape_rewards(t, sequences, scores_B, tensors, reward, clock, from_rollout)
 
     def _policy(self):
         return self.trainer.model, self.head, nullcontext

@@ -3,25 +3,26 @@
 Suffixes: B sequences, T predicted positions.
 """
 
+from functools import partial
+
 import torch
 
 from fastppo import update
 from fastppo.data import Experience
-from fastppo.metrics import Clock, throughput
+from fastppo.metrics import Clock
 from fastppo.score import check_finite
 
 
-def shape_rewards(trainer, sequences, scores_B, tensors, compared, clock: Clock, from_rollout=False) -> Experience:
-    """The Experience, through the trainer's compute_rewards and compute_advantages.
+def shape_rewards(trainer, sequences, scores_B, tensors, reward, clock: Clock, from_rollout=False) -> Experience:
+    """The Experience, through `reward` and the trainer's compute_advantages.
 
     sequences: (queries, responses).   tensors: (inputs, mask, logprobs, ref_logprobs, values).
-    compared: the two arguments of compute_rewards between scores and mask.
+    reward: () -> (rewards, non_score_rewards, kls).
     """
     inputs, mask, logprobs, ref_logprobs, values = tensors
-    mask = mask.bool()
     with torch.no_grad():
         with clock.stage("compute_rewards"):
-            rewards, non_score, kls = trainer.compute_rewards(scores_B, *compared, mask)
+            rewards, non_score, kls = reward()
         with clock.stage("compute_advantages"):
             values, advantages, returns = trainer.compute_advantages(values, rewards, mask)
     for name, x in (("log-prob", logprobs), ("reference log-prob", ref_logprobs), ("return", returns)):
@@ -62,8 +63,10 @@ class PaddedPath:
                 reference = t.model if t.ref_model is None else t.ref_model
                 ref_logprobs, ref_logits, _, _ = t.batched_forward_pass(reference, *batch, **options)
         compared = (logits, ref_logits) if full else (logprobs, ref_logprobs)
+        masks = masks.bool()
         tensors = (inputs, masks, logprobs, ref_logprobs, values)
-        return shape_rewards(t, (queries, responses), scores_B, tensors, compared, clock)
+        reward = partial(t.compute_rewards, scores_B, *compared, masks)
+        return shape_rewards(t, (queries, responses), scores_B, tensors, reward, clock)
 
     def _inputs(self, queries, responses) -> dict[str, torch.Tensor]:
         t = self.trainer
@@ -80,7 +83,9 @@ class PaddedPath:
 
     def optimise(self, batch: Experience) -> tuple[Experience, list[dict]]:
         return batch, update.optimise(
-            self.trainer.config, lambda group: [self._minibatch(batch, rows) for rows in group], self.trainer._early_stop
+            self.trainer.config,
+            lambda group: [self._minibatch(batch, rows) for rows in group],
+            self.trainer._early_stop,
         )
 
     def _minibatch(self, batch: Experience, rows: list[int]) -> dict:

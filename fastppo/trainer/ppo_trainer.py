@@ -8,8 +8,8 @@ Suffixes: B sequences, T predicted positions.
 import logging
 from contextlib import nullcontext
 
-import numpy as np
 import torch
+
 from fastppo import experience, metrics, update
 from fastppo.core import (
     PPODecorators,
@@ -21,7 +21,8 @@ from fastppo.core import (
 from fastppo.score import NonFinite, check_finite, restore, shape_scores, snapshot
 from fastppo.trainer import checks, responses, setup, tracking
 from fastppo.trainer.base import BaseTrainer
-from fastppo.trainer.paths import PaddedPath, choose_path
+from fastppo.trainer.padded_path import PaddedPath
+from fastppo.trainer.paths import choose_path
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,8 @@ class PPOTrainer(BaseTrainer):
             self.lr_scheduler.step()
         self._rollouts.clear()
         self._steps_done += 1
-        stats |= self._path.throughput(batch, clock) | clock.timing()
+        stats |= metrics.throughput(batch, clock, self.config.ppo_epochs, self.current_device)
+        stats |= self._path.extra_stats() | clock.timing()
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
 
     def _score(self, scores):
@@ -203,9 +205,7 @@ class PPOTrainer(BaseTrainer):
         return experience.collate(queries, responses, self.data_collator, self.is_encoder_decoder, self.current_device)
 
     @PPODecorators.empty_device_cache()
-    def batched_forward_pass(
-        self, model, queries, responses, model_inputs, return_logits=False, response_masks=None
-    ):
+    def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False, response_masks=None):
         """(log-probs, logits or None, values, masks), [B, T] each, in chunks of config.mini_batch_size."""
         with update.eval_mode(model):
             return experience.padded_forward(
