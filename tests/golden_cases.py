@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import CAUSAL, SEQ2SEQ, fill  # noqa: E402
+from tiny_models import CAUSAL, SEQ2SEQ, fill
 
 BASE = {"seed": 1, "batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 1e-3}
 WORDS = 96
@@ -127,7 +127,7 @@ def counting_tokens(case: dict) -> list[np.ndarray]:
     found = []
     for queries, responses, _, masks in batches(case, case.get("steps", 2)):
         seq2seq = case.get("model") in SEQ2SEQ
-        lengths = [len(r) if seq2seq else len(q) + len(r) for q, r in zip(queries, responses)]
+        lengths = [len(r) if seq2seq else len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
         width = max(lengths) - 1
         mask = np.zeros((len(queries), width), dtype=bool)
         for row, length in enumerate(lengths):

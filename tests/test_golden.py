@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastppo
 import golden_cases
 import numpy as np
 import pytest
 from golden_cases import CASES
+
+import fastppo
 
 ROOT = Path(__file__).parent.parent
 RECORD = json.loads((ROOT / "tests/golden/ppo.json").read_text())["cases"]

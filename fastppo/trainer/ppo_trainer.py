@@ -76,7 +76,7 @@ class PPOTrainer(BaseTrainer):
         self.running = setup.running_moments(self.accelerator)
         self.current_step, self._steps_done = 0, 0
         self._guard = update.Guard(config.on_nonfinite)
-        self._rollouts = responses.RolloutCache()
+        self._rollouts, self._generators = responses.RolloutCache(), {}
         self._path = choose_path(self, default_collator=training_data_collator is None)
 
     # --- generate -----------------------------------------------------------------------------------------------------
@@ -122,6 +122,15 @@ class PPOTrainer(BaseTrainer):
     ):
         options = generation_kwargs | {"pad_to_multiple_of": pad_to_multiple_of, "remove_padding": remove_padding}
         return responses.batched(self, model, query_tensors, length_sampler, batch_size, return_prompt, options)
+
+    def _generator(self, model):
+        """The fastppo.Generator over `model`'s own parameters, made once."""
+        from fastppo.generation import Generator
+
+        if id(model) not in self._generators:
+            unwrapped = self.accelerator.unwrap_model(model)
+            self._generators[id(model)] = Generator(unwrapped, self.tokenizer, **self.config.generation)
+        return self._generators[id(model)]
 
     # --- step ---------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,18 @@
 """PPOTrainer.generate: prompts in, responses out, and what the sampler knew about them kept for step()."""
 
+from typing import NamedTuple
+
 import torch
 
 from fastppo.update import eval_mode
+
+
+class Shape(NamedTuple):
+    """The form of what generate returns."""
+
+    return_prompt: bool
+    remove_padding: bool
+    pad_to_multiple_of: int | None
 
 
 class RolloutCache:
@@ -15,13 +25,10 @@ class RolloutCache:
     def _key(query: torch.Tensor, response: torch.Tensor) -> tuple[bytes, bytes]:
         return query.cpu().long().numpy().tobytes(), response.cpu().long().numpy().tobytes()
 
-    def add(self, rollout) -> None:
-        if rollout.values_BT is None:
-            return
-        lengths = rollout.mask_BT.sum(1).tolist()
-        for row, (query, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
-            taken = slice(0, lengths[row])
-            self._known[self._key(query, response)] = (rollout.logprobs_BT[row, taken], rollout.values_BT[row, taken])
+    def add(self, query, response, logprobs_T: torch.Tensor, values_T: torch.Tensor) -> None:
+        """response may be the beginning of what was sampled."""
+        taken = len(response)
+        self._known[self._key(query, response)] = (logprobs_T[:taken], values_T[:taken])
 
     def find(self, queries, responses):
         """[(logprobs, values)] per row, or None unless every row was sampled here since the last update."""
@@ -48,44 +55,72 @@ def classic(trainer, model, query_tensor, length_sampler, batch_size, return_pro
 
 
 def batched(trainer, model, query_tensors, length_sampler, batch_size, return_prompt, options) -> list[torch.Tensor]:
-    """Responses in the order of the prompts, `batch_size` at a time; the length is drawn once per such chunk."""
+    """Responses in the order of the prompts; a length is drawn once per `batch_size` prompts."""
     options = dict(options)
-    remove_padding = options.pop("remove_padding", True)
-    pad_to_multiple_of = options.pop("pad_to_multiple_of", None)
-    batch_size = min(len(query_tensors), batch_size) or 1
-    outputs = []
+    shape = Shape(return_prompt, options.pop("remove_padding", True), options.pop("pad_to_multiple_of", None))
+    queries = [q.to(trainer.current_device) for q in query_tensors]
+    batch_size = min(len(queries), batch_size) or 1
+    starts = range(0, len(queries), batch_size)
+    chunks = [queries[start : start + batch_size] for start in starts]
+    if length_sampler is not None:
+        options["max_new_tokens"] = [length_sampler() for _ in starts]
+    if not trainer.is_encoder_decoder:
+        return sampled(trainer, model, chunks, shape, options)
+    outputs, lengths = [], options.pop("max_new_tokens", None)
     with eval_mode(model):
-        for start in range(0, len(query_tensors), batch_size):
-            queries = [q.to(trainer.current_device) for q in query_tensors[start : start + batch_size]]
-            if length_sampler is not None:
-                options["max_new_tokens"] = length_sampler()
-            outputs += padded_generate(
-                trainer, model, queries, return_prompt, remove_padding, pad_to_multiple_of, options
-            )
+        for i, chunk in enumerate(chunks):
+            length = lengths[i] if isinstance(lengths, list) else lengths
+            extra = {} if length is None else {"max_new_tokens": length}
+            outputs += encoder_decoder(trainer, model, chunk, shape, options | extra)
     return outputs
 
 
-def padded_generate(trainer, model, queries, return_prompt, remove_padding, pad_to_multiple_of, options):
-    """transformers' generate on one padded chunk."""
-    tokenizer, side = trainer.tokenizer, trainer.tokenizer.padding_side
+def sampled(trainer, model, chunks, shape: Shape, options) -> list[torch.Tensor]:
+    """One continuous batch through fastppo.Generator; log-probs and values of the policy are kept for step()."""
+    lengths = options.pop("max_new_tokens", None)
+    if isinstance(lengths, list):
+        lengths = [length for length, chunk in zip(lengths, chunks, strict=True) for _ in chunk]
+    if lengths is not None:
+        options["max_new_tokens"] = lengths
+    queries = [query for chunk in chunks for query in chunk]
+    rollout = trainer._generator(model).generate(queries, **options)
+    repeats = len(rollout.prompts) // max(1, len(queries))
+    is_policy = model is trainer.model and rollout.values_BT is not None
+    outputs = []
+    for row, (query, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+        response = response.to(query.device)
+        if shape.remove_padding:
+            response = cut_after_eos(response, trainer.tokenizer.eos_token_id)
+        if is_policy:
+            trainer._rollouts.add(query, response, rollout.logprobs_BT[row], rollout.values_BT[row])
+        outputs.append(response)
+    if not shape.remove_padding:
+        outputs = padded_chunks(outputs, [len(chunk) * repeats for chunk in chunks], trainer.tokenizer.pad_token_id)
+    if shape.return_prompt:
+        outputs = [torch.cat([query, x]) for query, x in zip(rollout.prompts, outputs, strict=True)]
+    return outputs
+
+
+def padded_chunks(responses, sizes: list[int], pad: int | None) -> list[torch.Tensor]:
+    """Every response padded on the right to the longest of its chunk."""
+    outputs, start = [], 0
+    for size in sizes:
+        chunk = responses[start : start + size]
+        outputs += list(torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=pad or 0))
+        start += size
+    return outputs
+
+
+def encoder_decoder(trainer, model, queries, shape: Shape, options) -> list[torch.Tensor]:
+    """transformers' generate on one padded chunk; a response starts with the decoder's start token."""
     rows = [{"input_ids": q, "attention_mask": torch.ones_like(q)} for q in queries]
-    try:
-        tokenizer.padding_side = side if trainer.is_encoder_decoder else "left"
-        inputs = tokenizer.pad(rows, padding=True, pad_to_multiple_of=pad_to_multiple_of, return_tensors="pt")
-    finally:
-        tokenizer.padding_side = side
-    inputs = inputs.to(trainer.current_device)
+    pad = {"padding": True, "pad_to_multiple_of": shape.pad_to_multiple_of, "return_tensors": "pt"}
+    inputs = trainer.tokenizer.pad(rows, **pad).to(trainer.current_device)
     with torch.no_grad():
         sequences = trainer.accelerator.unwrap_model(model).generate(**inputs, **options)
-    outputs = []
-    for query, sequence in zip(queries, sequences, strict=True):
-        prompt, response = query.new_empty(0), sequence
-        if not trainer.is_encoder_decoder:
-            prompt, response = query, sequence[inputs["input_ids"].shape[1] :]
-        if remove_padding:
-            response = cut_after_eos(response, tokenizer.eos_token_id)
-        outputs.append(torch.cat([prompt, response]) if return_prompt else response)
-    return outputs
+    if not shape.remove_padding:
+        return list(sequences)
+    return [cut_after_eos(sequence, trainer.tokenizer.eos_token_id) for sequence in sequences]
 
 
 def cut_after_eos(response: torch.Tensor, eos_token_id: int | None) -> torch.Tensor:
