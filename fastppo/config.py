@@ -20,7 +20,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 def nearest(value: str, known) -> str:
     """' (did you mean ...?)' with the closest of `known`, or '' when none is close."""
-    close = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(value), [x for x in known if x is not None], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

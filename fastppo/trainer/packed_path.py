@@ -7,6 +7,7 @@ import logging
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 
 from fastppo import packed, update
@@ -107,10 +108,12 @@ class PackedPath:
         t = self.trainer
         automatic = t.config.old_logprobs == "auto" and batch.from_rollout
         learner = self._learner(batch, t.config.max_mismatch if automatic else None)
+        shuffle = np.random.get_state()
         with update.eval_mode(t.model):
             try:
                 stats = self._run(learner)
             except RolloutMismatch as error:
+                np.random.set_state(shuffle)
                 logger.warning("step() recomputes old log-probs from here on, the rollout's are off: %s", error)
                 self._trust_rollout = False
                 with t.accelerator.autocast():

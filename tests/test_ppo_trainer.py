@@ -1,0 +1,544 @@
+"""The classic trainer: its surface, what it refuses, generate, step, trackers, saving, and what it does about accidents."""
+
+import inspect
+import logging
+import sys
+import types
+import warnings
+
+import golden_cases
+import numpy as np
+import pytest
+import torch
+from golden_cases import batches, trainer
+
+import fastppo
+from fastppo import PPOConfig, PPOTrainer
+from fastppo.score import NonFinite
+
+# TRL 0.11.4's signatures, less self
+SIGNATURES = {
+    "__init__": "config model ref_model tokenizer dataset optimizer data_collator num_shared_layers lr_scheduler training_data_collator",
+    "generate": "query_tensor length_sampler batch_size return_prompt generate_ref_response generation_kwargs",
+    "_generate_batched": "model query_tensors length_sampler batch_size return_prompt pad_to_multiple_of remove_padding generation_kwargs",
+    "step": "queries responses scores response_masks",
+    "log_stats": "stats batch rewards columns_to_log",
+    "batched_forward_pass": "model queries responses model_inputs return_logits response_masks",
+    "train_minibatch": "old_logprobs values logprobs logits vpreds mask advantages returns",
+    "loss": "old_logprobs values logits vpreds logprobs mask advantages returns",
+    "compute_rewards": "scores logprobs ref_logprobs masks",
+    "compute_advantages": "values rewards mask",
+    "prepare_model_inputs": "queries responses",
+    "prepare_dataloader": "dataset data_collator",
+    "record_step_stats": "kl_coef data",
+    "gather_stats": "stats",
+    "create_model_card": "path model_name",
+    "_step_safety_checker": "batch_size queries responses scores masks",
+    "_kl_penalty": "logprob ref_logprob",
+    "_early_stop": "policykl",
+    "_filter_kwargs": "kwargs target_func",
+    "_remove_unused_columns": "dataset",
+    "_set_signature_columns_if_needed": "",
+    "_save_pretrained": "save_directory",
+    "_show_tokens": "tokens masks",
+    "_prepare_deepspeed": "model",
+}
+ATTRIBUTES = (
+    "config model ref_model tokenizer accelerator current_device is_encoder_decoder is_peft_model is_distributed optimizer "
+    "lr_scheduler dataset dataloader data_collator kl_ctl running current_step optional_peft_ctx model_params"
+)
+SAMPLE = {"do_sample": True, "top_k": 0.0, "top_p": 1.0, "min_length": -1, "pad_token_id": 0, "max_new_tokens": 8}
+
+
+@pytest.fixture
+def made():
+    return trainer(fastppo, {})
+
+
+def batch(case=None):
+    return next(batches(case or {}, 1))
+
+
+def weights(trainer_):
+    return [p.detach().clone() for p in trainer_.model.parameters()]
+
+
+def changed(before, trainer_) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before, weights(trainer_), strict=True))
+
+
+# --- surface ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_methods_take_trls_arguments(name):
+    parameters = list(inspect.signature(getattr(PPOTrainer, name)).parameters)[1:]
+    assert parameters == SIGNATURES[name].split()
+
+
+def test_attributes_and_hub_methods(made):
+    for name in ATTRIBUTES.split():
+        assert hasattr(made, name), name
+    for name in ("save_pretrained", "push_to_hub", "from_pretrained", "generate_model_card"):
+        assert callable(getattr(PPOTrainer, name)), name
+    assert (
+        made.config.global_batch_size == 4 and made.config.world_size == 1 and made.config.is_encoder_decoder is False
+    )
+    assert isinstance(made.optimizer.optimizer, torch.optim.Adam)
+
+
+def init(**changes):
+    good = trainer(fastppo, {})
+    arguments = {"config": good.config, "model": good.model, "ref_model": None, "tokenizer": good.tokenizer} | changes
+    return PPOTrainer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {}}, "config must be a PPOConfig, got <class 'dict'>"),
+        ({"model": torch.nn.Linear(1, 1)}, "model must be a PreTrainedModelWrapper, got"),
+        ({"ref_model": "gpt2"}, "ref_model must be a PreTrainedModelWrapper or `None`, got <class 'str'>"),
+        ({"tokenizer": None}, "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or"),
+        ({"dataset": [1]}, "dataset must be a torch.utils.data.Dataset or datasets.Dataset"),
+        ({"lr_scheduler": 3}, "lr_scheduler must be a torch.optim.lr_scheduler"),
+        ({"config": PPOConfig(push_to_hub_if_best_kwargs={"a": 1})}, "You have to specify repo_id"),
+    ],
+)
+def test_init_refuses(changes, message):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
+        warnings.simplefilter("ignore")
+        init(**changes)
+
+
+def test_init_warns():
+    with pytest.warns(UserWarning, match="No dataset is provided"):
+        init()
+    good = trainer(fastppo, {})
+    with pytest.warns(UserWarning, match="num_shared_layers is ignored"):
+        init(ref_model=good.ref_model, num_shared_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda q, r, s: (q[:1], r, s), r"Batch size \(4\) does not match number of examples - but got 1 for: queries"),
+        (
+            lambda q, r, s: (torch.stack([q[0]] * 4), r, s),
+            "queries must be a list of tensors - got <class 'torch.Tensor'>",
+        ),
+        (lambda q, r, s: (q, r, [1.0] * 4), "Elements in scores must be tensors - got <class 'float'>"),
+        (lambda q, r, s: (q, r, [torch.zeros(2)] * 4), "Scores must be 1-dimensional"),
+        (lambda q, r, s: ([torch.tensor([], dtype=torch.long), *q[1:]], r, s), r"queries\[0\] is empty"),
+        (lambda q, r, s: (q, [x[:0] for x in r], s), "every response is empty"),
+        (lambda q, r, s: (q, r, s, [torch.ones(1)] * 4), r"masks\[0\] must have the shape of its response"),
+        (lambda q, r, s: ([q[0].float(), *q[1:]], r, s), r"queries\[0\] must be a 1-D tensor of token ids"),
+        (lambda q, r, s: ([torch.ones(80, dtype=torch.long), *q[1:]], r, s), "the model's limit is 64"),
+    ],
+)
+def test_step_refuses(made, spoil, message):
+    queries, responses, scores, _ = batch()
+    with pytest.raises(ValueError, match=message):
+        made.step(*spoil(queries, responses, scores))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_dataset_becomes_full_shuffled_batches(keep):
+    from datasets import Dataset
+
+    rows = {"input_ids": [[1, i] for i in range(10)], "query": [str(i) for i in range(10)], "junk": list(range(10))}
+    good = trainer(fastppo, {})
+    good.config.remove_unused_columns = not keep
+    collate = lambda data: {key: [d[key] for d in data] for key in data[0]}  # noqa: E731
+    made = PPOTrainer(good.config, good.model, None, good.tokenizer, Dataset.from_dict(rows), data_collator=collate)
+    seen = list(made.dataloader)
+    assert [len(x["query"]) for x in seen] == [4, 4]
+    assert set(seen[0]) == ({"input_ids", "query", "junk"} if keep else {"input_ids", "query"})
+    assert sum((x["query"] for x in seen), []) != [str(i) for i in range(8)]
+
+
+def test_filter_kwargs(made):
+    assert made._filter_kwargs({"input_ids": 1, "foo": 2}, made.model.forward) == {"input_ids": 1}
+
+
+def test_accumulation_does_not_end_with_the_dataloader():
+    """In the last batch of a dataloader accelerate syncs every mini-batch; TRL then makes twice the optimizer steps."""
+    case = {"config": {"mini_batch_size": 1, "gradient_accumulation_steps": 2, "ppo_epochs": 1}, "sgd": True}
+    for packed in (True, False):
+        made = trainer(fastppo, case, packed=packed)
+        loader = made.accelerator.prepare(torch.utils.data.DataLoader(range(8), batch_size=4))
+        counts, step = [], made.optimizer.optimizer.step
+        for _ in loader:
+            count = [0]
+
+            def counting(*args, _count=count, _step=step, **kwargs):
+                _count[0] += 1
+                return _step(*args, **kwargs)
+
+            made.optimizer.optimizer.step = counting
+            made.step(*batch(case))
+            counts.append(count[0])
+        assert counts == [2, 2]
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_forms(made):
+    queries = [torch.tensor([1, 5, 6]), torch.tensor([1, 7])]
+    with pytest.raises(ValueError, match="must be a tensor of shape"):
+        made.generate(torch.ones(2, 3, dtype=torch.long))
+    one = made.generate(queries[0], **SAMPLE)
+    assert one.dim() == 2 and one.shape[0] == 1 and one[0, :3].tolist() == [1, 5, 6]
+    for prompt in (True, False):
+        got = made.generate(queries, return_prompt=prompt, **SAMPLE)
+        assert [x.dim() for x in got] == [1, 1]
+        assert all((x[: len(q)].tolist() == q.tolist()) for x, q in zip(got, queries, strict=True)) or not prompt
+        assert all(len(x) <= 8 + len(q) * prompt for x, q in zip(got, queries, strict=True))
+    policy, reference = made.generate(queries, generate_ref_response=True, do_sample=False, max_new_tokens=5)
+    assert len(policy) == len(reference) == 2
+
+
+def test_length_is_drawn_per_chunk(made):
+    lengths = iter([3, 6])
+    greedy = {"do_sample": False, "eos_token_id": -1, "return_prompt": False}
+    got = made.generate([torch.tensor([1, 5])] * 4, length_sampler=lambda: next(lengths), batch_size=2, **greedy)
+    assert [len(x) for x in got] == [3, 3, 6, 6]
+
+
+def test_eos_in_a_prompt_cuts_nothing(made):
+    """TRL cuts the returned prompt at its own first end-of-sequence token."""
+    query = torch.tensor([1, 2, 5])
+    assert made.generate([query], **SAMPLE)[0][:3].tolist() == [1, 2, 5]
+
+
+def test_responses_end_with_eos_and_padding_is_kept_on_request(made):
+    options = SAMPLE | {"eos_token_id": list(range(48, 96)) + [2]}
+    rows = made._generate_batched(
+        made.model, [torch.tensor([1, 5])] * 4, remove_padding=False, return_prompt=False, **options
+    )
+    assert len({len(row) for row in rows}) == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_in_every_rollout(training):
+    """TRL leaves the model in training mode after the first step, and samples with dropout from then on."""
+    made = trainer(fastppo, {"model": "gpt2"})
+    for module in made.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    made.model.train(training)
+    made.step(*batch())
+    assert made.model.training is training
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": -1}
+    first, second = (made.generate(torch.tensor([1, 5, 6]), **greedy) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_encoder_decoder_generates(made):
+    made = trainer(fastppo, {"model": "t5"})
+    got = made.generate([torch.tensor([5, 6, 2]), torch.tensor([7, 2])], max_new_tokens=4)
+    assert [int(x[0]) for x in got] == [0, 0] and all(len(x) <= 5 for x in got)
+    assert made.generate(torch.tensor([5, 6, 2]), max_new_tokens=4).dim() == 2
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_and_forward_pass_have_trls_shapes(made):
+    queries, responses, _, _ = batch()
+    inputs = made.prepare_model_inputs(queries, responses)
+    width = max(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (4, width)
+    logprobs, logits, values, masks = made.batched_forward_pass(made.model, queries, responses, inputs, True)
+    assert logprobs.shape == values.shape == masks.shape == (4, width - 1) and logits.shape == (4, width - 1, 96)
+    assert made.batched_forward_pass(made.model, queries, responses, inputs)[1] is None
+
+
+@pytest.mark.parametrize("kind", ["kl", "abs", "mse", "full"])
+def test_kl_penalty_worked_by_hand(kind):
+    made = trainer(fastppo, {"config": {"kl_penalty": kind}})
+    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    want = {"kl": p - q, "abs": (p - q).abs(), "mse": 0.5 * (p - q) ** 2, "full": (p.exp() * (p - q)).sum()}[kind]
+    torch.testing.assert_close(made._kl_penalty(p, q), want)
+
+
+def test_a_subclass_that_overrides_a_stage_gets_padded_tensors(caplog):
+    class Doubled(PPOTrainer):
+        def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
+            assert logprobs.shape == masks.shape
+            return super().compute_rewards([2 * s for s in scores], logprobs, ref_logprobs, masks)
+
+    good = trainer(fastppo, {})
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = Doubled(good.config, good.model, good.ref_model, good.tokenizer)
+    assert "Doubled overrides compute_rewards" in caplog.text
+    assert type(made._path).__name__ == "PaddedPath"
+    assert np.isfinite(made.step(*batch())["ppo/loss/total"])
+
+
+def test_other_models_take_the_padded_path_and_say_why(caplog):
+    with caplog.at_level(logging.WARNING):
+        made = trainer(fastppo, {"model": "bloom"})
+    assert "step() runs padded batches: BloomForCausalLM" in caplog.text
+    assert np.isfinite(made.step(*batch())["ppo/loss/total"])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_empty_and_one_token_responses(packed):
+    """TRL crashes on a response without tokens; we learn from the others."""
+    queries, responses, scores, _ = batch()
+    responses[1], responses[2] = responses[1][:0], responses[2][:1]
+    made = trainer(fastppo, {}, packed=packed)
+    before = weights(made)
+    stats = made.step(queries, responses, scores)
+    assert np.isfinite(stats["ppo/loss/total"]) and changed(before, made)
+    assert stats["objective/kl_dist"][1] == 0
+
+
+def test_gradient_checkpointing_runs_and_changes_nothing():
+    """TRL's forward passes are in eval mode, where layers ignore gradient checkpointing."""
+    calls, stats = [], []
+    for on in (False, True):
+        made = trainer(fastppo, {"config": {"gradient_checkpointing": on}})
+        for module in made.model.modules():
+            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+                function = module._gradient_checkpointing_func
+                module._gradient_checkpointing_func = lambda *a, f=function, **k: (calls.append(1), f(*a, **k))[1]
+        np.random.seed(0)
+        stats.append(made.step(*batch()))
+    assert len(calls) >= 2 * 2 * 2  # layers x mini-batches x epochs
+    assert stats[0]["ppo/loss/total"] == pytest.approx(stats[1]["ppo/loss/total"], rel=1e-4, abs=1e-6)
+    assert stats[0]["ppo/policy/approxkl"] == pytest.approx(stats[1]["ppo/policy/approxkl"], rel=1e-3)
+
+
+def test_bf16_computes_near_fp32_with_fp32_weights():
+    from accelerate.state import AcceleratorState
+
+    stats = []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process, says accelerate
+        made = trainer(fastppo, {}, mixed_precision=precision)
+        np.random.seed(0)
+        stats.append(made.step(*batch()))
+        assert all(p.dtype == torch.float32 for p in made.model.parameters())
+    for name in ("objective/entropy", "ppo/policy/entropy", "ppo/loss/value"):
+        assert stats[0][name] == pytest.approx(stats[1][name], rel=0.05)
+    assert stats[0]["objective/entropy"] != stats[1]["objective/entropy"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# --- old log-probs from the rollout -----------------------------------------------------------------------------------
+
+
+def rollout(made, **options):
+    queries = [torch.tensor([1, 5 + i, 6]) for i in range(4)]
+    responses = made.generate(queries, return_prompt=False, **SAMPLE | options)
+    return queries, responses, [torch.tensor(float(i)) for i in range(4)]
+
+
+def test_rollout_logprobs_save_a_pass_and_agree():
+    stats = {}
+    for mode in ("rollout", "recompute", "auto"):
+        made = trainer(fastppo, {}, old_logprobs=mode)
+        torch.manual_seed(0)
+        data = rollout(made)
+        np.random.seed(0)
+        stats[mode] = made.step(*data)
+        assert stats[mode]["fastppo/mismatch_mean"] < 1e-4
+    for name in ("objective/kl", "objective/entropy", "ppo/loss/policy", "ppo/loss/value", "ppo/returns/mean"):
+        values = [stats[mode][name] for mode in stats]
+        assert values == pytest.approx([values[0]] * 3, rel=1e-3, abs=1e-4), name
+
+
+def test_rollouts_that_disagree_are_recomputed(caplog):
+    wanted = None
+    for spoiled in (False, True):
+        made = trainer(fastppo, {}, old_logprobs="auto" if spoiled else "recompute")
+        torch.manual_seed(0)
+        data = rollout(made)
+        if spoiled:
+            known = made._rollouts._known
+            made._rollouts._known = {key: (logprobs - 0.5, values) for key, (logprobs, values) in known.items()}
+        np.random.seed(0)
+        with caplog.at_level(logging.WARNING):
+            stats = made.step(*data)
+        if not spoiled:
+            wanted = stats
+    assert "recomputes old log-probs from here on" in caplog.text
+    assert stats["objective/kl"] == pytest.approx(wanted["objective/kl"], rel=1e-4, abs=1e-5)
+    assert stats["ppo/policy/approxkl"] == pytest.approx(wanted["ppo/policy/approxkl"], rel=1e-3)
+
+
+def test_rollouts_are_forgotten_when_weights_change(made):
+    data = rollout(made)
+    assert made._rollouts.find(*data[:2]) is not None
+    made.step(*data)
+    assert made._rollouts.find(*data[:2]) is None
+
+
+# --- accidents --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_nan_score_changes_nothing(packed, action):
+    made = trainer(fastppo, {"config": {"use_score_scaling": True}}, on_nonfinite=action, packed=packed)
+    queries, responses, scores, _ = batch()
+    made.step(queries, responses, scores)
+    before, kl, mean = weights(made), made.kl_ctl.value, made.running.mean
+    scores[2] = torch.tensor(float("nan"))
+    if action == "stop":
+        with pytest.raises(NonFinite, match=r"score is nan for sequence \[2\] of the batch \(step 1\)"):
+            made.step(queries, responses, scores)
+    else:
+        with pytest.warns(RuntimeWarning, match=r"score is nan for sequence \[2\]"):
+            assert made.step(queries, responses, scores)["fastppo/skipped"] == 1.0
+    assert not changed(before, made) and (made.kl_ctl.value, made.running.mean) == (kl, mean)
+    scores[2] = torch.tensor(0.5)
+    assert np.isfinite(made.step(queries, responses, scores)["ppo/loss/total"])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_nan_gradient_never_reaches_the_weights(packed, action):
+    made = trainer(fastppo, {}, on_nonfinite=action, packed=packed)
+    before = weights(made)
+    made.model.v_head.summary.weight.register_hook(lambda grad: grad * float("nan"))
+    if action == "stop":
+        with pytest.raises(NonFinite, match=r"gradient norm is nan in mini-batch rows \[.*\] of step 0"):
+            made.step(*batch())
+    else:
+        with pytest.warns(RuntimeWarning, match="gradient norm is nan"):
+            made.step(*batch())
+    assert not changed(before, made)
+
+
+def test_out_of_memory_halves_the_budget_and_gives_the_same_result(caplog):
+    stats = []
+    for limit in (None, 20):
+        made = trainer(fastppo, {})
+        if limit is not None:
+            forward = made.model.pretrained_model.model.forward
+
+            def small(*args, _forward=forward, **kwargs):
+                if torch.is_grad_enabled() and kwargs["input_ids"].numel() > 20:
+                    raise torch.OutOfMemoryError("out of memory")
+                return _forward(*args, **kwargs)
+
+            made.model.pretrained_model.model.forward = small
+        np.random.seed(0)
+        with caplog.at_level(logging.WARNING):
+            stats.append(made.step(*batch()))
+    assert caplog.text.count("max_tokens_per_micro_batch is") == 1
+    for name in ("ppo/loss/total", "ppo/policy/approxkl", "ppo/val/error"):
+        assert stats[0][name] == pytest.approx(stats[1][name], rel=1e-3, abs=1e-5)
+
+
+# --- trackers and saving ----------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_statistics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    case = {"config": {"log_with": "tensorboard", "project_kwargs": {"logging_dir": str(tmp_path)}}}
+    made = trainer(fastppo, case)
+    queries, responses, scores, _ = batch()
+    for _ in range(2):
+        stats = made.step(queries, responses, scores)
+        made.log_stats(stats, {"query": ["q"] * 4, "response": ["r"] * 4}, scores)
+    made.accelerator.end_training()
+    assert made.current_step == 2
+    folder = next(p.parent for p in tmp_path.rglob("events.out*") if p.parent.name == "trl")
+    events = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in events.Scalars("objective/kl")] == [1, 2]
+    assert events.Scalars("env/reward_mean")[0].value == pytest.approx(float(torch.stack(scores).mean()), rel=1e-5)
+
+
+def test_wandb_gets_a_table(monkeypatch, made):
+    logged = []
+    wandb = types.ModuleType("wandb")
+    wandb.Table = lambda columns, rows: ("table", columns, rows)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(made.accelerator, "log", lambda values, step=None: logged.append((values, step)))
+    made.config.log_with = "wandb"
+    queries, responses, scores, _ = batch()
+    stats = made.step(queries, responses, scores)
+    made.log_stats(stats, {"query": list("abcd"), "response": list("efgh")}, scores)
+    values, step = logged[0]
+    kind, columns, rows = values["game_log"]
+    assert (kind, columns, step) == ("table", ["query", "response", "reward"], None)
+    assert rows[1] == ["b", "f", pytest.approx(float(scores[1]))]
+    assert values["env/reward_dist"].shape == (4,) and "objective/kl" in values
+    with pytest.raises(ValueError, match=r"Columns to log \['response'\] are not present"):
+        made.log_stats(stats, {"query": list("abcd")}, scores)
+
+
+def test_save_pretrained_is_loadable(made, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made.step(*batch())
+    made.save_pretrained(tmp_path / "policy")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    again = fastppo.AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "policy"))
+    assert torch.equal(loaded.lm_head.weight, made.model.pretrained_model.lm_head.weight)
+    assert torch.equal(again.v_head.summary.weight, made.model.v_head.summary.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == "</s>"
+    assert "AutoModelForCausalLMWithValueHead" in (tmp_path / "policy/README.md").read_text()
+
+
+def test_push_to_hub_if_best(monkeypatch):
+    pushed = []
+    monkeypatch.setattr(PPOTrainer, "push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
+    case = {"config": {"push_to_hub_if_best_kwargs": {"repo_id": "me/it"}, "compare_steps": 2}}
+    made = trainer(fastppo, case)
+    queries, responses, scores, _ = batch()
+    for value in (1.0, 5.0, 0.5, 0.0, 2.0):  # compared at the first, third and fifth step
+        made.step(queries, responses, [torch.tensor(value)] * 4)
+    assert pushed == [{"repo_id": "me/it"}] * 2 and made.highest_reward == 2.0 and made.compare_step == 5
+
+
+def test_show_tokens_prints(made, capsys):
+    made._show_tokens(torch.tensor([5, 6]), torch.tensor([1, 0]))
+    assert "w5" in capsys.readouterr().out
+
+
+def test_peft_reference_is_the_model_without_adapters():
+    made = trainer(fastppo, {"lora": True})
+    assert made.ref_model is None and made.is_peft_model and made.config.is_peft_model
+    names = [n for n, p in made.model.named_parameters() if p.requires_grad]
+    assert all("lora" in n or "v_head" in n for n in names)
+    base = {n: p.detach().clone() for n, p in made.model.named_parameters() if not p.requires_grad}
+    stats = made.step(*batch())
+    assert stats["objective/kl"] != 0
+    assert all(torch.equal(p, base[n]) for n, p in made.model.named_parameters() if n in base)
+
+
+def test_reference_shares_layers_when_asked():
+    good = trainer(fastppo, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = PPOTrainer(good.config, good.model, None, good.tokenizer, num_shared_layers=1)
+    pairs = zip(made.model.parameters(), made.ref_model.parameters(), strict=True)
+    assert any(a.data_ptr() == b.data_ptr() for a, b in pairs)
+    assert np.isfinite(made.step(*batch())["ppo/loss/total"])
+
+
+def test_statistics_have_trls_keys_and_types(made):
+    import json
+    from pathlib import Path
+
+    record = json.loads((Path(golden_cases.__file__).parent / "golden/ppo.json").read_text())["cases"]["plain"][0]
+    stats = made.step(*batch())
+    ours = {k: v for k, v in stats.items() if not k.startswith(("time/", "fastppo/"))}
+    assert set(ours) == set(record["stats"])
+    for name, value in ours.items():
+        wanted = record["stats"][name]
+        assert isinstance(value, np.ndarray if isinstance(wanted, list) else float), name
+        assert np.shape(value) == np.shape(wanted), name
+    timings = ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats", "total")
+    assert all(isinstance(stats[f"time/ppo/{name}"], float) for name in timings)
