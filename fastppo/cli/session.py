@@ -1,6 +1,7 @@
 """A run as the user sees it: the folder it is written to and the screen it is shown on."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,14 +63,16 @@ class Session:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """transformers' progress bars and advice would tear the live view apart."""
+    """transformers' progress bars and advice would tear the live view apart; the prompts are ours, not a dataset's."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No dataset is provided")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
