@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastppo.cli.options import parse
+from fastppo.cli.errors import UserError
+from fastppo.cli.options import parse, to_yaml_values
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,6 @@ class DemoOptions:
     """Where the run goes; a new folder under runs/ when not given."""
     overwrite: bool = False
     """Write over a run that is already in --output-dir."""
-
-    def __post_init__(self):
-        for name in ("steps", "lm_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
 
 
 BATCH, RESPONSE_TOKENS, STORIES = 32, 48, 6000
@@ -111,6 +107,9 @@ def happy_reward(prompts: Sequence, responses: Sequence[str]) -> list[float]:
 
 def run(argv: Sequence[str]) -> int:
     options = parse(DemoOptions, argv, "fastppo demo", __doc__)
+    for name in ("steps", "lm_steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}")
     from rich.console import Console
 
     from fastppo.cli.loop import LoopOptions
@@ -121,7 +120,7 @@ def run(argv: Sequence[str]) -> int:
     console, started = Console(highlight=False), time.perf_counter()
     default = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     folder = RunFolder(options.output_dir or default, overwrite=options.overwrite)
-    folder.write_config({k: v if v is None else type(v)(v) for k, v in vars(options).items() if k != "output_dir"})
+    folder.write_config(to_yaml_values(options, leave_out=("output_dir", "overwrite")))
     with quiet_libraries():
         model, tokenizer = language_model(options, console)
         trainer = make_trainer(options, model, tokenizer)

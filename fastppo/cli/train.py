@@ -147,6 +147,7 @@ def run(argv: Sequence[str]) -> int:
     from fastppo.cli.run_folder import RunFolder
     from fastppo.cli.screen import Screen
     from fastppo.cli.session import Session, quiet_libraries, run_session
+    from fastppo.core import set_seed
 
     state, folder = PartialState(), None
     if (
@@ -159,6 +160,7 @@ def run(argv: Sequence[str]) -> int:
     column = find_column(rows, options.prompt_column, options.dataset)
     with quiet_libraries():
         reward = load_reward(options.reward, [n for n in rows[0] if n != column], options.reward_label, state.device)
+        set_seed(config.seed)  # before the value head, whose weights start at random
         model, tokenizer = load_policy(options)
         room = room_for_prompt(model, options.max_new_tokens)
         prompts = make_prompts(rows, column, tokenizer, options.prompt_tokens, room)
