@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "paged_attention.h"
 #include "simd.h"
 
 namespace fastppo {
@@ -531,6 +532,8 @@ void run(const Job& j) {
   });
 }
 
+}  // namespace
+
 void paged_attention(uintptr_t q, int64_t q_token, int64_t q_head, int q_dtype, uintptr_t k, uintptr_t v, int cache_dtype,
                      uintptr_t tables, int64_t M, uintptr_t lens, uintptr_t starts, uintptr_t out, int64_t B, int64_t H,
                      int64_t KV, int64_t D, int64_t block, double scale, int64_t window, double softcap) {
@@ -570,8 +573,6 @@ void cache_write(uintptr_t k, uintptr_t v, int64_t k_token, int64_t k_head, int6
     }
   });
 }
-
-}  // namespace
 
 void bind_paged_attention(pybind11::module_& m) {
   m.def("paged_attention", &paged_attention, "kernels/paged_attention.py");

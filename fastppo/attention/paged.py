@@ -85,13 +85,13 @@ class PagedDecode:
     """One new token of each sequence."""
 
     cache: KVCache
-    slots_B: torch.Tensor  # int64
+    slots_N: torch.Tensor  # int64, one per sequence
     block_tables_BM: torch.Tensor  # int32
     context_lens_B: torch.Tensor  # int32, with the new token
 
     def attend(self, module, q_BHD, k_BKD, v_BKD, *, scale, window, softcap):
         k_cache, v_cache = self.cache.layers[module.layer_idx]
-        _write(k_BKD, v_BKD, k_cache, v_cache, self.slots_B)
+        _write(k_BKD, v_BKD, k_cache, v_cache, self.slots_N)
         tables = (self.block_tables_BM, self.context_lens_B)
         return paged_attention(q_BHD, k_cache, v_cache, *tables, scale=scale, window=window, softcap=softcap)
 

@@ -78,8 +78,8 @@ class BlockManager:
 
     def blocks_to_append(self, seq: Sequence) -> int:
         """Free pages needed to write the key and value of seq's last token: 0 or 1."""
-        last = (len(seq) - 1) // self.block_size
-        return int(last >= len(seq.block_table) or self.ref_counts[seq.block_table[last]] > 1)
+        table, last = seq.block_table, (len(seq.tokens) - 1) // self.block_size
+        return int(last >= len(table) or self.ref_counts[table[last]] > 1)
 
     def can_append(self, seq: Sequence) -> bool:
         return self.blocks_to_append(seq) <= self.num_free

@@ -12,7 +12,8 @@ from fastppo.attention.paged import KVCache
 from fastppo.data import Rollout
 from fastppo.generation import fallback
 from fastppo.generation.block_manager import BlockManager
-from fastppo.generation.model_runner import ModelRunner, Output
+from fastppo.generation.fast_path import program_for
+from fastppo.generation.model_runner import DecodeState, ModelRunner, Output
 from fastppo.generation.params import GenerationParams, resolve
 from fastppo.generation.probe import probe
 from fastppo.generation.sampler import Sampler
@@ -29,7 +30,8 @@ class Generator:
 
     model: a transformers causal LM, or one inside PEFT, value-head (`.pretrained_model`, `.v_head`) or DDP wrappers.
     block_size: tokens per KV page.   max_num_seqs: most sequences decoded together.   max_num_batched_tokens: most prompt
-    tokens read in one forward pass.   num_blocks / kv_cache_bytes: size of the KV cache; None takes what the call can
+    tokens read in one forward pass (None: 1,024 on a CPU, 8,192 on a GPU).   decode_weights: torch.bfloat16 halves what a
+    decode step on a CPU reads; None keeps the model's dtype.   num_blocks / kv_cache_bytes: size of the KV cache; None takes what the call can
     use, at most half of the free memory.   share_prefixes: equal beginnings of prompts are computed once.
     A model outside transformers' attention interface, and an argument that needs it (beams, assisted generation), goes
     to `model.generate`; that is logged once.
@@ -42,7 +44,8 @@ class Generator:
         *,
         block_size: int = 16,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 8192,
+        max_num_batched_tokens: int | None = None,
+        decode_weights: torch.dtype | None = None,
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
         share_prefixes: bool = True,
@@ -56,6 +59,10 @@ class Generator:
         self.block_size, self.share_prefixes = block_size, share_prefixes
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.num_blocks, self.kv_cache_bytes = num_blocks, kv_cache_bytes
+        if decode_weights not in (None, torch.bfloat16):
+            raise ValueError(f"Generator: decode_weights must be None or torch.bfloat16; got {decode_weights!r}")
+        self.decode_weights = decode_weights
+        self._programs: dict = {}  # traced forward passes, by which adapters are on
         self.block_manager: BlockManager | None = None  # of the last rollout: every page is free after it
         self.num_preemptions = 0  # of the last rollout
         self._layers = None
@@ -113,18 +120,19 @@ class Generator:
 
     def _roll_out(self, model, prompts, groups: list[Sequence], params: GenerationParams) -> Rollout:
         self.block_manager = BlockManager(self._num_blocks(groups), self.block_size, self.share_prefixes)
-        scheduler = Scheduler(self.block_manager, self.max_num_seqs, self.max_num_batched_tokens)
         runner = ModelRunner(
             model, getattr(self.model, "v_head", None), self._layers, self.block_manager.num_blocks, self.block_size
         )
+        budget = self.max_num_batched_tokens or (1024 if runner.device.type == "cpu" else 8192)
+        scheduler = Scheduler(self.block_manager, self.max_num_seqs, budget)
         record = Record(len(prompts), params.pad)
         loop = Loop(scheduler, runner, Sampler(params, model, runner.device), Stopping(params, runner.device), record)
         try:
             for group in groups:
                 scheduler.add(group)
-            with runner.watching_head():
-                while not scheduler.is_finished:
-                    loop.step()
+            runner.program = program_for(runner, self._programs, self.decode_weights)
+            while not scheduler.is_finished:
+                loop.step()
             return record.rollout(prompts)
         finally:
             scheduler.abort()
@@ -149,6 +157,8 @@ class Loop:
     ):
         self.scheduler, self.runner, self.sampler, self.stopping = scheduler, runner, sampler, stopping
         self.record = record
+        self._state: DecodeState | None = None
+        self._drawn_B: torch.Tensor | None = None
 
     def step(self) -> None:
         step = self.scheduler.schedule()
@@ -159,15 +169,18 @@ class Loop:
             seqs = self.scheduler.prefilled(step)
             if seqs:
                 self._sample(seqs, _repeat(output, repeats))
+            return
+        self.runner.cache.copy_blocks(step.copies)
+        if step.changed or step.copies or self._state is None:
+            self._state = self.runner.state(step.seqs)
         else:
-            self.runner.cache.copy_blocks(step.copies)
-            self._sample(step.seqs, self.runner.decode(self.runner.state(step.seqs)))
+            self._state = self.runner.advance(self._state, self._drawn_B)
+        self._sample(step.seqs, self.runner.decode(self._state), self._state)
 
-    def _sample(self, seqs: list[Sequence], output: Output) -> None:
-        device = output.logits_BV.device
-        seeds_B = torch.tensor([seq.seed for seq in seqs], device=device)
-        positions_B = torch.tensor([len(seq) for seq in seqs], device=device)
-        drawn = self.sampler(output.logits_BV, seqs, seeds_B, positions_B)
+    def _sample(self, seqs: list[Sequence], output: Output, state: DecodeState | None = None) -> None:
+        state = state or self.runner.state(seqs)
+        drawn = self.sampler(output.logits_BV, seqs, state.seeds_B, state.positions_B + 1)
+        self._drawn_B = drawn.tokens_B
         tokens = drawn.tokens_B.tolist()
         reasons = self.stopping(seqs, tokens, output.logits_BV)
         self.record.add(seqs, drawn, output.values_B)

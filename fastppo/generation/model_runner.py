@@ -22,13 +22,14 @@ class Output(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """The sequences of a decode step as tensors; `advance` moves all of them by a token."""
+    """The sequences of a decode step as tensors."""
 
+    seqs: list[Sequence]
     tokens_B: torch.Tensor
     positions_B: torch.Tensor  # int64, of the token that is read
     block_tables_BM: torch.Tensor
     context_lens_B: torch.Tensor
-    rows_B: torch.Tensor
+    seeds_B: torch.Tensor
 
 
 class ModelRunner:
@@ -36,6 +37,7 @@ class ModelRunner:
 
     def __init__(self, model, v_head, layers: list[LayerSpec], num_blocks: int, block_size: int):
         self.model, self.v_head = model, v_head
+        self.program = None  # a DecodeProgram takes the place of the model's Python where it can
         self.device = model.get_input_embeddings().weight.device
         self.block_size = block_size
         self.cache = KVCache(layers, num_blocks, block_size, self.device)
@@ -43,7 +45,7 @@ class ModelRunner:
         self._hidden: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def watching_head(self):
+    def _watching_head(self):
         """The value head reads what the output embedding reads: catch it on its way."""
         if self.v_head is None:
             yield
@@ -74,32 +76,37 @@ class ModelRunner:
         )
         ends = cu_seqlens[1:].tolist()
         last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
-        with using(layout):
-            return self._forward(tokens_N, positions_N, self._int64(last))
+        return self._forward(tokens_N, positions_N, layout, self._int64(last))
 
     def decode(self, state: DecodeState) -> Output:
         """Read the last token of every sequence."""
         tables_BM, positions_B = state.block_tables_BM, state.positions_B
         pages_B = tables_BM.gather(1, (positions_B // self.block_size)[:, None])[:, 0]
-        slots_B = pages_B.long() * self.block_size + positions_B % self.block_size
-        with using(PagedDecode(self.cache, slots_B, tables_BM, state.context_lens_B)):
-            return self._forward(state.tokens_B, positions_B, None)
+        slots_B = pages_B * self.block_size + positions_B % self.block_size
+        return self._forward(
+            state.tokens_B, positions_B, PagedDecode(self.cache, slots_B, tables_BM, state.context_lens_B), None
+        )
 
-    def _forward(self, tokens_N, positions_N, keep: torch.Tensor | None) -> Output:
+    def _forward(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> Output:
+        if self.program is not None:
+            logits_BV, hidden_BD = self.program.forward(tokens_N, positions_N, layout, keep)
+            return Output(logits_BV, None if self.v_head is None else self._values(hidden_BD))
+        return self.run_model(tokens_N, positions_N, layout, keep)
+
+    def run_model(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> Output:
+        """The model's own forward pass."""
         self._hidden.clear()
         options = {} if keep is None or not self._keeps_logits else {"logits_to_keep": keep}
-        logits_BV = self.model(
-            input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False, **options
-        ).logits[0]
+        with self._watching_head(), using(layout):
+            out = self.model(input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False, **options)
+        logits_BV = out.logits[0]
         hidden_BD = self._hidden[0][0] if self._hidden else None
         if keep is not None and not self._keeps_logits:
             logits_BV = logits_BV[keep]
             hidden_BD = hidden_BD if hidden_BD is None else hidden_BD[keep]
-        return Output(logits_BV, self._values(hidden_BD))
+        return Output(logits_BV, None if hidden_BD is None else self._values(hidden_BD))
 
-    def _values(self, hidden_BD: torch.Tensor | None) -> torch.Tensor | None:
-        if hidden_BD is None:
-            return None
+    def _values(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         weight = next(self.v_head.parameters(), None)
         if weight is not None:
             hidden_BD = hidden_BD.to(weight.device, weight.dtype)
@@ -110,11 +117,25 @@ class ModelRunner:
     def state(self, seqs: list[Sequence]) -> DecodeState:
         lengths = [len(seq) for seq in seqs]
         return DecodeState(
+            seqs,
             self._int64([seq.tokens[-1] for seq in seqs]),
             self._int64([n - 1 for n in lengths]),
             self._tables(seqs),
             torch.tensor(lengths, dtype=torch.int32, device=self.device),
-            self._int64([seq.row for seq in seqs]),
+            self._int64([seq.seed for seq in seqs]),
+        )
+
+    def advance(self, state: DecodeState, tokens_B: torch.Tensor) -> DecodeState:
+        """The same sequences one token later; a page that was added in between is entered into the tables."""
+        tables_BM = state.block_tables_BM
+        new = [(b, seq.block_table) for b, seq in enumerate(state.seqs) if (len(seq.tokens) - 1) % self.block_size == 0]
+        if new and max(len(table) for _, table in new) > tables_BM.shape[1]:
+            tables_BM = self._tables(state.seqs)
+        elif new:
+            rows, columns, pages = zip(*((b, len(table) - 1, table[-1]) for b, table in new), strict=True)
+            tables_BM[list(rows), list(columns)] = torch.tensor(pages, dtype=torch.int32, device=self.device)
+        return DecodeState(
+            state.seqs, tokens_B, state.positions_B + 1, tables_BM, state.context_lens_B + 1, state.seeds_B
         )
 
     def _tables(self, seqs: list[Sequence]) -> torch.Tensor:

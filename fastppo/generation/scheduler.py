@@ -90,6 +90,9 @@ class Scheduler:
         queue = deque(self.running)
         while queue:
             seq = queue.popleft()
+            if self.block_manager.blocks_to_append(seq) == 0:
+                seqs.append(seq)
+                continue
             while not self.block_manager.can_append(seq):
                 victim = queue.pop() if queue else None
                 if victim is None:

@@ -1,0 +1,100 @@
+"""A traced model with this rollout's weights and pages: packs the matrices, hands the list of operations to C++.
+
+Suffixes: N tokens of a step, B sequences, V vocabulary, D hidden.
+"""
+
+import torch
+from torch import fx
+
+from fastppo.attention.paged import KVCache
+from fastppo.generation.trace import KINDS, Op, Program
+from fastppo.kernels._backend import extension
+from fastppo.kernels.paged_attention import DTYPE_CODES
+
+
+class DecodeProgram:
+    """Weights are packed when this is made: make a new one for every rollout, after the last optimizer step."""
+
+    def __init__(self, program: Program, cache: KVCache, weights: torch.dtype):
+        self._program = program
+        self._keep: list[torch.Tensor] = []  # what the C++ side has addresses of
+        self.weights = weights
+        self._constants = _evaluate(program)
+        ops = [self._tuple(op, cache, program.layers.get(i)) for i, op in enumerate(program.ops)]
+        self._run = extension().DecodeProgram(program.sizes, ops, cache.block_size).run
+        self.packed_bytes = sum(x.nbytes for x in self._keep)
+
+    def forward(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, hidden) of the rows in `keep` (all when None). layout: PagedDecode or PagedPrefill."""
+        program, N = self._program, len(tokens_N)
+        tokens_N1, positions_N1 = tokens_N.float(), positions_N.float()  # indices are exact below 2**24
+        hidden_ND = torch.empty(N, program.sizes[program.hidden])
+        starts = layout.packed.cu_seqlens.data_ptr() if hasattr(layout, "packed") else 0
+        tables_BM = layout.block_tables_BM
+        where = (
+            layout.slots_N.data_ptr(),
+            tables_BM.data_ptr(),
+            tables_BM.shape[1],
+            layout.context_lens_B.data_ptr(),
+            starts,
+        )
+        inputs = [(program.tokens, tokens_N1.data_ptr()), (program.positions, positions_N1.data_ptr())]
+        given = [*inputs, (program.hidden, hidden_ND.data_ptr())]
+        self._run(0, program.split, N, len(tables_BM), *where, given)
+        if keep is not None:
+            hidden_ND = hidden_ND[keep]
+        logits_NV = torch.empty(len(hidden_ND), program.sizes[program.logits])
+        given = [(program.hidden, hidden_ND.data_ptr()), (program.logits, logits_NV.data_ptr())]
+        if len(hidden_ND):
+            self._run(program.split, len(program.ops), len(hidden_ND), len(hidden_ND), *where, given)
+        return logits_NV, hidden_ND
+
+    def _tuple(self, op: Op, cache: KVCache, layer: int | None) -> tuple:
+        mode, f, p, q = op.mode, op.f, 0, 0
+        if op.kind == "linear":
+            mode, p = self._pack(self._constants[op.p])
+            q = self._address(op.q)
+        elif op.kind == "embed":
+            table = self._constants[op.p].contiguous()
+            mode = int(table.dtype == torch.bfloat16)
+            p = self._hold(table if mode else table.float())
+        elif op.kind == "attention":
+            k_cache, v_cache = cache.layers[layer]
+            mode, p, q = DTYPE_CODES[k_cache.dtype], self._hold(k_cache), self._hold(v_cache)
+        else:
+            p, q = self._address(op.p), self._address(op.q)
+        if isinstance(f, fx.Node):
+            f = self._constants[f].item()
+        i = (*op.i, 0, 0, 0, 0, 0)[:5]
+        return (KINDS.index(op.kind), mode, op.out, op.a, op.b, op.c, i, float(f), op.g, p, q)
+
+    def _address(self, node: fx.Node | None) -> int:
+        return 0 if node is None else self._hold(self._constants[node].float().contiguous())
+
+    def _hold(self, x: torch.Tensor) -> int:
+        self._keep.append(x)
+        return x.data_ptr()
+
+    def _pack(self, weight_KN: torch.Tensor) -> tuple[int, int]:
+        K, N = weight_KN.shape
+        half = torch.bfloat16 in (self.weights, weight_KN.dtype)
+        if weight_KN.dtype not in (torch.float32, torch.bfloat16):
+            weight_KN = weight_KN.float()
+        packed = torch.empty(-(-N // 32) * 32 * K, dtype=torch.bfloat16 if half else torch.float32)
+        k_stride, n_stride = weight_KN.stride()
+        source = weight_KN.data_ptr(), weight_KN.dtype == torch.bfloat16
+        extension().pack_linear(*source, n_stride, k_stride, N, K, packed.data_ptr(), half)
+        return int(half), self._hold(packed)
+
+
+def _evaluate(program: Program) -> dict[fx.Node, torch.Tensor]:
+    """The constants' values now: parameters, their transposes, 1 + weight and the like."""
+    values: dict[fx.Node, torch.Tensor] = {}
+    with torch.no_grad():
+        for node in program.constants:
+            if node.op == "get_attr":
+                values[node] = getattr(program.graph, node.target).detach()
+                continue
+            args, kwargs = (fx.node.map_arg(x, values.__getitem__) for x in (node.args, node.kwargs))
+            values[node] = node.target(*args, **kwargs)
+    return values
