@@ -19,11 +19,13 @@ constexpr int64_t kRowBlock = 128;  // rows whose part of x stays in L2 while th
 FASTPPO_INLINE vec16 weights16(const float* p) { return load16(p); }
 FASTPPO_INLINE vec16 weights16(const uint16_t* p) { return load16_bf16(p); }
 
+// `ahead`: weights of the next panel, fetched while this one is at work (one cache line a step), or nullptr.
 template <int R, typename T>
-FASTPPO_INLINE void tile(const float* x, int64_t K, const T* w, vec16* low, vec16* high) {
+FASTPPO_INLINE void tile(const float* x, int64_t K, const T* w, const char* ahead, vec16* low, vec16* high) {
   vec16 a[R], b[R];
   for (int r = 0; r < R; ++r) a[r] = b[r] = vec16{};
   for (int64_t k = 0; k < K; ++k, w += kPanel) {
+    if (ahead) __builtin_prefetch(ahead + k * 64, 0, 2);
     const vec16 w0 = weights16(w), w1 = weights16(w + 16);
     for (int r = 0; r < R; ++r) {
       const vec16 xv = splat(x[r * K + k]);
@@ -35,28 +37,31 @@ FASTPPO_INLINE void tile(const float* x, int64_t K, const T* w, vec16* low, vec1
 }
 
 template <typename T>
-FASTPPO_INLINE void tile_of(int rows, const float* x, int64_t K, const T* w, vec16* low, vec16* high) {
+FASTPPO_INLINE void tile_of(int rows, const float* x, int64_t K, const T* w, const char* ahead, vec16* low, vec16* high) {
   switch (rows) {
-    case 1: return tile<1>(x, K, w, low, high);
-    case 2: return tile<2>(x, K, w, low, high);
-    case 3: return tile<3>(x, K, w, low, high);
-    case 4: return tile<4>(x, K, w, low, high);
-    case 5: return tile<5>(x, K, w, low, high);
-    case 6: return tile<6>(x, K, w, low, high);
-    case 7: return tile<7>(x, K, w, low, high);
-    default: return tile<8>(x, K, w, low, high);
+    case 1: return tile<1>(x, K, w, ahead, low, high);
+    case 2: return tile<2>(x, K, w, ahead, low, high);
+    case 3: return tile<3>(x, K, w, ahead, low, high);
+    case 4: return tile<4>(x, K, w, ahead, low, high);
+    case 5: return tile<5>(x, K, w, ahead, low, high);
+    case 6: return tile<6>(x, K, w, ahead, low, high);
+    case 7: return tile<7>(x, K, w, ahead, low, high);
+    default: return tile<8>(x, K, w, ahead, low, high);
   }
 }
 
 template <typename T>
 FASTPPO_INLINE void panel_of(const T* w, const float* bias, int columns, const float* x, int64_t K, float* out, int64_t N,
-                             int64_t rows) {
+                             int64_t rows, bool last) {
   float b[kPanel] = {};
   if (bias) std::memcpy(b, bias, columns * sizeof(float));
   for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
     const int R = static_cast<int>(std::min<int64_t>(kTile, rows - r0));
     vec16 low[kTile], high[kTile];
-    tile_of(R, x + r0 * K, K, w, low, high);
+    const int64_t passed = r0 / kTile * 64 * K;  // bytes of the next panel that earlier tiles have fetched
+    const char* ahead = reinterpret_cast<const char*>(w + K * kPanel) + passed;
+    const bool more = !last && passed < static_cast<int64_t>(K * kPanel * sizeof(T));
+    tile_of(R, x + r0 * K, K, w, more ? ahead : nullptr, low, high);
     for (int r = 0; r < R; ++r) {
       float* to = out + (r0 + r) * N;
       float full[kPanel];
@@ -69,13 +74,13 @@ FASTPPO_INLINE void panel_of(const T* w, const float* bias, int columns, const f
 }
 
 FASTPPO_CLONES void panel(const float* w, const float* bias, int columns, const float* x, int64_t K, float* out, int64_t N,
-                          int64_t rows) {
-  panel_of(w, bias, columns, x, K, out, N, rows);
+                          int64_t rows, bool last) {
+  panel_of(w, bias, columns, x, K, out, N, rows, last);
 }
 
 FASTPPO_CLONES void panel(const uint16_t* w, const float* bias, int columns, const float* x, int64_t K, float* out,
-                          int64_t N, int64_t rows) {
-  panel_of(w, bias, columns, x, K, out, N, rows);
+                          int64_t N, int64_t rows, bool last) {
+  panel_of(w, bias, columns, x, K, out, N, rows, last);
 }
 
 inline uint16_t to_bf16(float x) {
@@ -130,9 +135,9 @@ void packed_linear(const Linear& f, const float* x, float* out, int64_t rows) {
         float* to = out + r0 * f.N + p * kPanel;
         const int64_t at = p * f.K * kPanel;
         if (f.is_bf16) {
-          panel(static_cast<const uint16_t*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some);
+          panel(static_cast<const uint16_t*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some, p + 1 == end);
         } else {
-          panel(static_cast<const float*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some);
+          panel(static_cast<const float*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some, p + 1 == end);
         }
       }
     }

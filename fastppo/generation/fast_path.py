@@ -3,6 +3,7 @@ second before it is used: the weights, the adapters or the model's code may have
 
 import logging
 import os
+import weakref
 
 import torch
 
@@ -14,15 +15,17 @@ from fastppo.generation.trace import Program, Untraceable, refuse_state, trace
 from fastppo.kernels import _backend
 
 log = logging.getLogger(__name__)
+# model -> which adapters are on -> its traced form, or why there is none
+_TRACES: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
 
 
-def program_for(runner: ModelRunner, programs: dict, weights: torch.dtype | None) -> DecodeProgram | None:
-    """A checked program with this rollout's weights, or None. `programs` keeps traces between rollouts."""
+def program_for(runner: ModelRunner, weights: torch.dtype | None) -> DecodeProgram | None:
+    """A checked program with this rollout's weights, or None."""
     if runner.device.type != "cpu" or torch.is_autocast_enabled("cpu") or runner.model.dtype == torch.float16:
         return None
     if _backend.missing("cpu", runner.device) or os.environ.get("FASTPPO_BACKEND", "cpu") != "cpu":
         return None
-    key = _adapters(runner.model)
+    programs, key = _TRACES.setdefault(runner.model, {}), _adapters(runner.model)
     try:
         refuse_state(runner.model)
         for fresh in (False, True):

@@ -62,7 +62,6 @@ class Generator:
         if decode_weights not in (None, torch.bfloat16):
             raise ValueError(f"Generator: decode_weights must be None or torch.bfloat16; got {decode_weights!r}")
         self.decode_weights = decode_weights
-        self._programs: dict = {}  # traced forward passes, by which adapters are on
         self.block_manager: BlockManager | None = None  # of the last rollout: every page is free after it
         self.num_preemptions = 0  # of the last rollout
         self._layers = None
@@ -130,7 +129,7 @@ class Generator:
         try:
             for group in groups:
                 scheduler.add(group)
-            runner.program = program_for(runner, self._programs, self.decode_weights)
+            runner.program = program_for(runner, self.decode_weights)
             while not scheduler.is_finished:
                 loop.step()
             return record.rollout(prompts)
