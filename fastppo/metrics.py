@@ -60,8 +60,13 @@ def objective_stats(kl_coef: float, masks, kls, logprobs, ref_logprobs, non_scor
         "objective/entropy": (-logprobs * masks).sum(-1).mean(),
         "ppo/mean_non_score_reward": masked_mean(non_score_reward, masks),
         "ppo/mean_scores": scores.mean(),
-        "ppo/std_scores": scores.std(),
+        "ppo/std_scores": std(scores),
     }
+
+
+def std(values_B: torch.Tensor) -> torch.Tensor:
+    """Unbiased; nan for one value, without torch's warning."""
+    return values_B.std() if len(values_B) > 1 else values_B.new_tensor(float("nan"))
 
 
 def length_stats(queries, responses) -> dict[str, torch.Tensor]:
@@ -69,7 +74,7 @@ def length_stats(queries, responses) -> dict[str, torch.Tensor]:
     for name, sequences in (("queries", queries), ("responses", responses)):
         lengths_B = torch.tensor([len(ids) for ids in sequences], dtype=torch.float32)
         stats[f"tokens/{name}_len_mean"] = lengths_B.mean()
-        stats[f"tokens/{name}_len_std"] = lengths_B.std()
+        stats[f"tokens/{name}_len_std"] = std(lengths_B)
         stats[f"tokens/{name}_dist"] = lengths_B
     return stats
 

@@ -542,3 +542,19 @@ def test_statistics_have_trls_keys_and_types(made):
         assert np.shape(value) == np.shape(wanted), name
     timings = ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats", "total")
     assert all(isinstance(stats[f"time/ppo/{name}"], float) for name in timings)
+
+
+def test_memory_does_not_grow(made):
+    from pathlib import Path
+
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        pytest.skip("no /proc here to read the resident set from")
+    resident = lambda: int(status.read_text().split()[1]) * 4096  # noqa: E731
+    data = batch()
+    for _ in range(20):
+        made.step(*data)
+    before = resident()
+    for _ in range(60):
+        made.step(*data)
+    assert resident() - before < 4 * 2**20

@@ -1,5 +1,6 @@
 """Optimise: groups of mini-batches, the padded loss against plain PyTorch, clipping, guards, eval mode."""
 
+import golden_cases
 import numpy as np
 import pytest
 import torch
@@ -113,3 +114,20 @@ def test_eval_mode_turns_dropout_off_but_leaves_checkpointing_on_and_restores():
     with update.eval_mode(model, None):
         assert model[0].training and not model[0].dropout.training and not model.training
     assert model.training and model[0].dropout.training and not model[1].training
+
+
+def test_flops_worked_by_hand():
+    """Llama of tiny_models: 2 layers of q 32x32, k and v 16x32, o 32x32, three 48x32; head 96x32; width 32."""
+    import fastppo
+    from fastppo import flops
+
+    made = golden_cases.trainer(fastppo, {"model": "llama"})
+    cost = flops.cost(made.model, made._path.head)
+    matrices = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32)
+    assert cost == flops.Cost(2.0 * matrices, 4.0 * 2 * 32, 2.0 * 96 * 32, 3.0)
+    assert cost.forward([3], [2]) == 3 * cost.token + 6 * cost.token_position + 2 * cost.response
+    assert (
+        flops.cost(*(lambda m: (m.model, m._path.head))(golden_cases.trainer(fastppo, {"lora": True}))).trained == 2.0
+    )
+    stats = made.step(*next(golden_cases.batches({}, 1)))
+    assert 0 < stats["fastppo/optimise_mfu"] < 1.5 and 0 < stats["fastppo/prepare_mfu"] < 1.5

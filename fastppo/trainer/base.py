@@ -5,7 +5,7 @@ import inspect
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 
-from fastppo.trainer import columns, hub, setup, tracking
+from fastppo.trainer import checks, columns, hub, setup, tracking
 
 
 class BaseTrainer(PyTorchModelHubMixin):
@@ -15,9 +15,7 @@ class BaseTrainer(PyTorchModelHubMixin):
 
     def prepare_dataloader(self, dataset, data_collator=None):
         """Shuffled batches of config.batch_size rows; a shorter last batch is dropped."""
-        from datasets import Dataset
-
-        if isinstance(dataset, Dataset):
+        if checks.is_hf_dataset(dataset):
             dataset = self._remove_unused_columns(dataset)
         return columns.dataloader(dataset, self.config.batch_size, data_collator)
 

@@ -1,5 +1,6 @@
 """What PPOTrainer accepts, and the words in which it declines the rest."""
 
+import sys
 import warnings
 
 import torch
@@ -7,7 +8,6 @@ import torch
 
 def check_init(config, model, ref_model, tokenizer, dataset, num_shared_layers) -> None:
     """ValueError for an argument of the wrong type; warnings for what is probably a slip."""
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from fastppo.config import PPOConfig
@@ -27,7 +27,7 @@ def check_init(config, model, ref_model, tokenizer, dataset, num_shared_layers) 
                 f"{name} must be a PreTrainedModelWrapper{' or `None`' * optional}, got {type(given)} - supported "
                 f"architectures are: {names}; wrap it: {names.split(' or ')[0]}.from_pretrained({name})"
             )
-    if dataset is not None and not isinstance(dataset, (torch.utils.data.Dataset, Dataset)):
+    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset) and not is_hf_dataset(dataset):
         raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
     if ref_model is not None and num_shared_layers is not None:
         warnings.warn("num_shared_layers is ignored when ref_model is provided", UserWarning, stacklevel=3)
@@ -39,6 +39,12 @@ def check_init(config, model, ref_model, tokenizer, dataset, num_shared_layers) 
         )
     if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
         raise ValueError("You have to specify repo_id in order to push the model to the hub!")
+
+
+def is_hf_dataset(dataset) -> bool:
+    """Whether it is a datasets.Dataset; the library (80 MB with pandas and pyarrow) is not imported to find out."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(dataset, datasets.Dataset)
 
 
 def check_scheduler(lr_scheduler) -> None:

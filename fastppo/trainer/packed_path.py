@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fastppo import packed, update
+from fastppo import flops, packed, update
 from fastppo.data import Experience
 from fastppo.kernels.kl_reward import kl_reward
 from fastppo.metrics import Clock
@@ -30,6 +30,7 @@ class PackedPath:
         self.trainer, self.head, self.reference_head = trainer, head, reference_head
         self._trust_rollout = True
         self._mismatch: Mismatch | None = None
+        self._cost: flops.Cost | None = None
 
     # --- prepare ------------------------------------------------------------------------------------------------------
 
@@ -143,8 +144,23 @@ class PackedPath:
                 self.trainer.config.max_mismatch,
             )
 
-    def extra_stats(self) -> dict[str, float]:
-        """fastppo/: mismatch of rollout and training log-probs, where the rollout was ours."""
-        if self._mismatch is None:
-            return {}
-        return {f"fastppo/mismatch_{name}": value for name, value in self._mismatch._asdict().items()}
+    # --- statistics ---------------------------------------------------------------------------------------------------
+
+    def extra_stats(self, batch: Experience, clock: Clock) -> dict[str, float]:
+        """fastppo/: MFU of both stages, and the mismatch of rollout and training log-probs where the rollout was ours."""
+        t = self.trainer
+        cost = self._cost = self._cost or flops.cost(t.accelerator.unwrap_model(t.model), self.head)
+        responses = [len(r) for r in batch.responses]
+        forward = cost.forward(self._sequences.lengths, responses)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.accelerator.mixed_precision, torch.float32)
+        passes = {
+            "prepare": ("forward_pass", 1 if batch.from_rollout else 2),
+            "optimise": ("optimize_step", cost.trained * t.config.ppo_epochs),
+        }
+        stats = {
+            f"fastppo/{name}_mfu": flops.utilisation(forward * times, clock.seconds[stage], t.current_device, dtype)
+            for name, (stage, times) in passes.items()
+        }
+        if self._mismatch is not None:
+            stats |= {f"fastppo/mismatch_{name}": value for name, value in self._mismatch._asdict().items()}
+        return stats

@@ -116,5 +116,5 @@ class PaddedPath:
             means = {"policy_loss": float(loss.detach()), "value_loss": 0.0}
             update.apply_step(trainer, ([getattr(trainer, "_minibatch_rows", [])], [means]))
 
-    def extra_stats(self) -> dict[str, float]:
+    def extra_stats(self, batch: Experience, clock: Clock) -> dict[str, float]:
         return {}

@@ -166,7 +166,7 @@ class PPOTrainer(BaseTrainer):
         self._rollouts.clear()
         self._steps_done += 1
         stats |= metrics.throughput(batch, clock, self.config.ppo_epochs, self.current_device)
-        stats |= self._path.extra_stats() | clock.timing()
+        stats |= self._path.extra_stats(batch, clock) | clock.timing()
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
 
     def _score(self, scores):

@@ -4,6 +4,8 @@ import warnings
 
 import torch
 
+from fastppo.metrics import std
+
 
 def start(accelerator, config) -> None:
     """accelerate's init_trackers; tensorboard takes flat hyper-parameters, the others one dict."""
@@ -46,6 +48,6 @@ def reward_stats(rewards: torch.Tensor) -> dict:
     """env/: the rewards as handed in, before scaling and clipping."""
     return {
         "env/reward_mean": rewards.mean().item(),
-        "env/reward_std": rewards.std().item(),
+        "env/reward_std": std(rewards).item(),
         "env/reward_dist": rewards.cpu().numpy(),
     }

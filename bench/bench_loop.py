@@ -1,0 +1,149 @@
+"""The whole loop, generate + score + step: fastppo against TRL 0.11.4, in turn, each in its own process.
+
+python bench/bench_loop.py [--trl-python PATH] [--stories FOLDER] [--workloads tiny,tiny-ragged,124m,...] [--rounds 5]
+--trl-python: the python of an environment with trl==0.11.4, transformers==4.45.2 and the same torch. Every round runs one
+iteration of each side; printed are the medians, the ratio of the medians, and the peak memory of each process.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+
+WORKER = Path(__file__).parent / "loop_worker.py"
+MODELS = {"tiny": 16, "124m": 8, "llama": 16, "qwen2": 16}  # sequences per batch
+BF16 = {"mixed_precision": "bf16"}
+
+
+class Side:
+    """A loop_worker process that runs one iteration at a time."""
+
+    def __init__(self, name: str, python: str, package: str, spec: dict):
+        self.name, self.results = name, []
+        environment = dict(os.environ, PYTHONPATH=str(harness.ROOT), OMP_WAIT_POLICY="passive")
+        environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+        command = [python, str(WORKER), package, json.dumps(spec)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env=environment, text=True, **{**pipes, "stderr": subprocess.DEVNULL})
+
+    def run(self, keep: bool) -> None:
+        try:
+            print(file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise SystemExit(
+                f"{self.name}: the worker ended; run it by hand: {' '.join(self.process.args)!r} < /dev/tty"
+            )
+        if keep:
+            self.results.append(json.loads(line))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def median(self, key: str) -> float:
+        return statistics.median(result[key] for result in self.results)
+
+    def rate(self) -> float:
+        """Response tokens per second of the loop."""
+        return statistics.median(r["tokens"] / (r["gen_s"] + r["step_s"]) for r in self.results)
+
+
+def sides(options, spec: dict) -> list[Side]:
+    own = {"config": spec.get("config", {}) | {"max_tokens_per_micro_batch": options.budget}}
+    made = [Side("fastppo fp32", sys.executable, "fastppo", spec | own)]
+    if options.bf16:
+        made.append(Side("fastppo bf16", sys.executable, "fastppo", spec | {"config": own["config"] | BF16}))
+    if options.trl_python:
+        made.append(Side("trl 0.11.4 fp32", options.trl_python, "trl", spec))
+    return made
+
+
+def measure(options, bench: str, workload: str, spec: dict) -> list[Side]:
+    """Run all sides in turn, print a table, append rows."""
+    made = sides(options, spec)
+    for round_ in range(options.warmup + options.rounds):
+        for side in made:
+            side.run(keep=round_ >= options.warmup)
+    for side in made:
+        side.close()
+    base = next((side for side in made if side.name.startswith("trl")), None)
+    rows = []
+    for side in made:
+        seconds = side.median("gen_s") + side.median("step_s")
+        ratio = f"{side.rate() / base.rate():.2f}" if base else ""
+        note = (
+            f"{side.rate():.1f} response tok/s; generate {side.median('gen_s'):.3f} s, step {side.median('step_s'):.3f} s; "
+            f"peak {side.results[-1]['peak_mb']:.0f} MB; median of {options.rounds}"
+        )
+        rows.append({"variant": side.name, "ms": f"{seconds * 1e3:.1f}", "speedup": ratio, "note": note})
+        if options.csv:
+            dtype = "bfloat16" if "bf16" in side.name else "float32"
+            harness.write_row(bench, "cpu", shape=workload, dtype=dtype, **rows[-1])
+    harness.print_table(f"{bench} {workload}", rows, ("variant", "ms", "speedup", "note"))
+    return made
+
+
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--trl-python", help="python of an environment with trl==0.11.4")
+    parser.add_argument("--stories", help="folder of stories260K: runs the learning task")
+    parser.add_argument("--steps", type=int, default=40, help="steps of the learning task")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--workloads", default="tiny,tiny-ragged,124m,124m-ragged")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--budget", type=int, default=None, help="max_tokens_per_micro_batch")
+    parser.add_argument("--no-bf16", dest="bf16", action="store_false")
+    parser.add_argument("--no-csv", dest="csv", action="store_false")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def synthetic(options, bench: str, stage: str) -> None:
+    for workload in filter(None, options.workloads.split(",")):
+        name, _, ragged = workload.partition("-")
+        if name not in MODELS or ragged not in ("", "ragged"):
+            raise SystemExit(f"no workload {workload!r}; there are {', '.join(MODELS)}, each also with -ragged")
+        spec = {
+            "model": name,
+            "batch": MODELS[name],
+            "ragged": bool(ragged),
+            "stage": stage,
+            "threads": options.threads,
+        }
+        measure(options, bench, workload, spec)
+
+
+def stories(options) -> None:
+    """The learning task: the same curve, and how long it takes."""
+    options.rounds, options.warmup = options.steps, 0
+    for seed in map(int, options.seeds.split(",")):
+        spec = {"model": options.stories, "seed": seed, "threads": options.threads}
+        for side in measure(options, "bench_loop", f"stories260K seed {seed} {options.steps} steps", spec):
+            rewards = [result["reward"] for result in side.results]
+            seconds = [sum(result[key] for result in side.results) for key in ("gen_s", "step_s")]
+            first, last = (statistics.mean(part) for part in (rewards[:5], rewards[-5:]))
+            print(
+                f"  {side.name}: reward {first:.3f} -> {last:.3f}, generate {seconds[0]:.1f} s, step {seconds[1]:.1f} s"
+            )
+
+
+if __name__ == "__main__":
+    given = arguments(__doc__)
+    if given.stories:
+        stories(given)
+    else:
+        synthetic(given, "bench_loop", "loop")

@@ -1,0 +1,67 @@
+"""The arithmetic that a PPO step needs, and what the machine can do: model FLOP utilisation (MFU).
+
+    forward of a token   2 * (matrix weights of the backbone) + 2 * layers * width * (position + 1)  [causal attention: q k and p v]
+    head of a response token   2 V D           training   3 forwards (2 where the backbone is frozen, as with LoRA)
+
+Needed FLOPs only: no padding, no head at prompt tokens, nothing recomputed. Suffixes: V vocabulary, D hidden.
+"""
+
+import functools
+import time
+from typing import NamedTuple
+
+import torch
+
+
+class Cost(NamedTuple):
+    """FLOPs of one forward: per token, per token and position in its sequence, per response token."""
+
+    token: float
+    token_position: float
+    response: float
+    trained: float  # forwards that a training pass costs
+
+    def forward(self, lengths: list[int], responses: list[int]) -> float:
+        attention = sum(n * (n + 1) / 2 for n in lengths)
+        return self.token * sum(lengths) + self.token_position * attention + self.response * sum(responses)
+
+
+def cost(model, head) -> Cost:
+    """model: a value-head model that can be packed; head: its Head."""
+    from fastppo.attention import unwrap
+    from fastppo.models.head import backbone
+
+    inner = unwrap(model)
+    embeddings = {id(layer.weight) for layer in (inner.get_input_embeddings(), inner.get_output_embeddings())}
+    matrices = [p for p in backbone(model).parameters() if p.dim() >= 2 and id(p) not in embeddings]
+    config = inner.config.get_text_config()
+    frozen = not any(p.requires_grad for p in inner.parameters() if p.dim() >= 2) or bool(
+        getattr(model, "is_peft_model", False)
+    )
+    return Cost(
+        token=2.0 * sum(p.numel() for p in matrices),
+        token_position=4.0 * config.num_hidden_layers * config.hidden_size,
+        response=2.0 * head.weight_VD.numel(),
+        trained=2.0 if frozen else 3.0,
+    )
+
+
+@functools.cache
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    """The rate of torch's matrix product here, best of five; measured once (some 0.1 s). threads only keys the cache."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def utilisation(flops: float, seconds: float, device: torch.device, dtype: torch.dtype) -> float:
+    return flops / max(seconds, 1e-9) / matmul_flops_per_s(device, dtype, torch.get_num_threads())
