@@ -1,20 +1,49 @@
 // Python bindings of the CUDA launchers: addresses, sizes and a stream handle in, RuntimeError with CUDA's text out.
 #ifdef FASTPPO_CUDA
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/launchers.h"
 #include "ops.h"
 
 namespace fastppo {
 
 // A launcher returns nullptr or the error's text.
-[[maybe_unused]] static void raise_if(const char* op, const char* error) {
+static void raise_if(const char* op, const char* error) {
   if (error) throw std::runtime_error(std::string(op) + ": CUDA says: " + error);
 }
 
-void bind_cuda([[maybe_unused]] pybind11::module_& m) {}
+template <typename T>
+static T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+static LogprobRows rows_of(const std::array<int64_t, 4>& t) { return {t[0], t[1], t[2], t[3]}; }
+
+static void logprob_forward(uintptr_t logits, int dtype, const std::array<int64_t, 4>& rows, int64_t vocab,
+                            float temperature, uintptr_t tokens, const std::array<uintptr_t, 3>& out, uintptr_t stream) {
+  LogprobForward a{pointer<const void>(logits), dtype, rows_of(rows), vocab, temperature, pointer<const int64_t>(tokens),
+                   pointer<float>(out[0]), pointer<float>(out[1]), pointer<float>(out[2])};
+  raise_if("logprob", fastppo_logprob_forward(&a, pointer<void>(stream)));
+}
+
+static void logprob_backward(uintptr_t logits, uintptr_t grads, int dtype, const std::array<int64_t, 4>& rows,
+                             const std::array<int64_t, 4>& grad_rows, int64_t vocab, float temperature, uintptr_t tokens,
+                             const std::array<uintptr_t, 4>& in, uintptr_t stream) {
+  LogprobBackward a{pointer<const void>(logits), pointer<void>(grads), dtype, rows_of(rows), rows_of(grad_rows), vocab,
+                    temperature, pointer<const int64_t>(tokens), pointer<const float>(in[0]), pointer<const float>(in[1]),
+                    pointer<const float>(in[2]), pointer<const float>(in[3])};
+  raise_if("logprob", fastppo_logprob_backward(&a, pointer<void>(stream)));
+}
+
+void bind_cuda(pybind11::module_& m) {
+  m.def("cuda_logprob_forward", &logprob_forward);
+  m.def("cuda_logprob_backward", &logprob_backward);
+}
 
 }  // namespace fastppo
 #endif

@@ -261,7 +261,11 @@ def _run(chunk: Callable) -> Callable:
     return run
 
 
-BACKEND_TABLE = {"cpu": _run(chunk_by_parts(tiles.CPU, None)), "reference": linear_ppo_loss_reference}
+BACKEND_TABLE = {
+    "triton": _run(chunk_by_parts(tiles.TRITON, None)),
+    "cpu": _run(chunk_by_parts(tiles.CPU, None)),
+    "reference": linear_ppo_loss_reference,
+}
 
 
 def check_batch(values_N: Tensor, batch: PPOBatch, shape: torch.Size, device: torch.device) -> None:

@@ -11,11 +11,13 @@ Suffixes: N rows (any leading dimensions), V vocabulary.
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastppo.kernels import _logit_rows
 from fastppo.kernels._backend import extension, pick
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -105,34 +107,58 @@ class Launcher(NamedTuple):
     backward: Callable  # (logits_NV, dlogits_NV, tokens_N, temperature, stats_N2, entropy_N, g_N, h_N) -> None
 
 
-def cpu_forward(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    logprob_N = torch.empty(tokens_N.shape, dtype=torch.float32)
-    entropy_N = torch.empty_like(logprob_N)
-    stats_N2 = torch.empty((*tokens_N.shape, 2), dtype=torch.float32)
-    extension().logprob_forward(
-        logits_NV.data_ptr(),
-        DTYPE_CODES[logits_NV.dtype],
-        row_layout(logits_NV),
-        logits_NV.shape[-1],
-        temperature,
-        tokens_N.data_ptr(),
-        (logprob_N.data_ptr(), entropy_N.data_ptr(), stats_N2.data_ptr()),
-    )
-    return logprob_N, entropy_N, stats_N2
+def _new_outputs(tokens_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    made = [tokens_N.new_empty(tokens_N.shape, dtype=torch.float32) for _ in range(2)]
+    return *made, tokens_N.new_empty((*tokens_N.shape, 2), dtype=torch.float32)
 
 
-def cpu_backward(logits_NV, dlogits_NV, tokens_N, temperature, stats_N2, entropy_N, g_N, h_N) -> None:
-    extension().logprob_backward(
-        logits_NV.data_ptr(),
-        dlogits_NV.data_ptr(),
-        DTYPE_CODES[logits_NV.dtype],
-        row_layout(logits_NV),
-        row_layout(dlogits_NV),
-        logits_NV.shape[-1],
-        temperature,
-        tokens_N.data_ptr(),
-        (stats_N2.data_ptr(), entropy_N.data_ptr(), g_N.data_ptr(), h_N.data_ptr()),
+def triton_forward(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    out, scales = _new_outputs(tokens_N), _logit_rows.LogitScales(temperature)
+    _logit_rows.launch_stats(
+        logits_NV, row_layout(logits_NV), logits_NV.shape[-1], 0, scales, None, tokens_N, None, out
     )
+    return out
+
+
+def triton_backward(logits_NV, dlogits_NV, tokens_N, temperature, *saved) -> None:
+    layouts, scales = (row_layout(logits_NV), row_layout(dlogits_NV)), _logit_rows.LogitScales(temperature)
+    _logit_rows.launch_grad(logits_NV, dlogits_NV, layouts, logits_NV.shape[-1], 0, scales, None, tokens_N, saved)
+
+
+def c_launcher(module: Callable[[], ModuleType], prefix: str = "", stream: Callable[[], tuple] = tuple) -> Launcher:
+    """The C++ launches of csrc/cpu, or with "cuda_" those of csrc/cuda, which take the current stream."""
+
+    def forward(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        out = _new_outputs(tokens_N)
+        with torch.cuda.device_of(logits_NV):
+            getattr(module(), f"{prefix}logprob_forward")(
+                logits_NV.data_ptr(),
+                DTYPE_CODES[logits_NV.dtype],
+                row_layout(logits_NV),
+                logits_NV.shape[-1],
+                temperature,
+                tokens_N.data_ptr(),
+                tuple(x.data_ptr() for x in out),
+                *stream(),
+            )
+        return out
+
+    def backward(logits_NV, dlogits_NV, tokens_N, temperature, *saved) -> None:
+        with torch.cuda.device_of(logits_NV):
+            getattr(module(), f"{prefix}logprob_backward")(
+                logits_NV.data_ptr(),
+                dlogits_NV.data_ptr(),
+                DTYPE_CODES[logits_NV.dtype],
+                row_layout(logits_NV),
+                row_layout(dlogits_NV),
+                logits_NV.shape[-1],
+                temperature,
+                tokens_N.data_ptr(),
+                tuple(x.data_ptr() for x in saved),
+                *stream(),
+            )
+
+    return Launcher(forward, backward)
 
 
 class _LogProb(torch.autograd.Function):
@@ -181,7 +207,12 @@ def _run_reference(logits_NV, tokens_N, temperature, inplace_backward):
     return logprob_reference(logits_NV, tokens_N, temperature)
 
 
-BACKEND_TABLE = {"cpu": _run(Launcher(cpu_forward, cpu_backward)), "reference": _run_reference}
+BACKEND_TABLE = {
+    "cuda": _run(c_launcher(extension, "cuda_", lambda: (torch.cuda.current_stream().cuda_stream,))),
+    "triton": _run(Launcher(triton_forward, triton_backward)),
+    "cpu": _run(c_launcher(extension)),
+    "reference": _run_reference,
+}
 
 
 def check_tokens(op: str, tokens_N: Tensor, shape: torch.Size, device: torch.device, vocab: int) -> None:
