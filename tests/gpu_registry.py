@@ -13,7 +13,31 @@ _PPO_LOSS = {
     **{"WHITEN": 2, "BLOCK": 1024, "BLOCK_G": 128},
 }
 
+_LOGITS = dict(BIAS=False, CAP=False, BLOCK=4096)
+_STATS = "*{0} *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i64 i64 i32 i32 fp32 fp32"
+_GRAD = "*{0} *{0} *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i64 i64 i32 i64 i64 i32 i32 fp32 fp32 fp32"
+
 TRITON: list[TritonCase] = [
+    *(
+        TritonCase(
+            "fastppo.kernels._logit_rows:stats_kernel",
+            _STATS.format(kind),
+            {**_LOGITS, "CONTINUE": more, "FINISH": not more, "BIAS": more, "CAP": more},
+            warps=8,
+        )
+        for kind in ("fp32", "bf16", "fp16")
+        for more in (False, True)
+    ),
+    *(
+        TritonCase(
+            "fastppo.kernels._logit_rows:grad_kernel",
+            _GRAD.format(kind),
+            {**_LOGITS, "BIAS": more, "CAP": more},
+            warps=8,
+        )
+        for kind in ("fp32", "bf16", "fp16")
+        for more in (False, True)
+    ),
     TritonCase(
         "fastppo.kernels.ppo_loss:_ppo_loss_kernel",
         "*fp32 " * 7 + "*i1 " + "*fp32 " * 4 + "*i32 " + "*fp32 " * 4 + "i32 i32 " + "fp32 " * 9,
@@ -22,4 +46,6 @@ TRITON: list[TritonCase] = [
 ]
 
 # file stem -> instructions that some kernel of the file must use on sm_90a
-CUDA_WANTS: dict[str, tuple[str, ...]] = {}
+CUDA_WANTS: dict[str, tuple[str, ...]] = {
+    "logprob": (WIDE,),
+}

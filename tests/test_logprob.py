@@ -1,5 +1,6 @@
 import math
 
+import cuda_host
 import pytest
 import torch
 from hypothesis import given, settings
@@ -284,3 +285,38 @@ def test_bad_input(message):
     arguments = {"logits": torch.zeros(2, 5), "tokens": torch.zeros(2).long(), **BAD[message]}
     with pytest.raises(ValueError, match="logprob: " + message):
         logprob(arguments.pop("logits"), arguments.pop("tokens"), **arguments)
+
+
+@pytest.fixture(scope="module")
+def cuda_on_cpu():
+    """csrc/cuda/logprob.cu run on the CPU by tests/cuda_host."""
+    module = cuda_host.build()
+    if isinstance(module, str):
+        pytest.skip(module)
+    return room._run(room.c_launcher(lambda: module, "cuda_", lambda: (0,)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:-1] + [(1, 20_011)])  # 20,011: four vectors in flight, a tail, all dtypes
+def test_cuda_source_on_the_cpu(cuda_on_cpu, monkeypatch, dtype, shape):
+    monkeypatch.setitem(room.BACKEND_TABLE, "cpu", cuda_on_cpu)
+    check(*inputs(*shape, "cpu"), dtype=dtype, temperature=0.7, backend="cpu")
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_cuda_source_on_the_cpu_in_traps(cuda_on_cpu, monkeypatch, trap):
+    monkeypatch.setitem(room.BACKEND_TABLE, "cpu", cuda_on_cpu)
+    test_traps("cpu", "cpu", trap, torch.bfloat16)
+
+
+def test_cuda_source_on_the_cpu_other_cases(cuda_on_cpu, monkeypatch):
+    monkeypatch.setitem(room.BACKEND_TABLE, "cpu", cuda_on_cpu)
+    device = torch.device("cpu")
+    test_batched_view_without_last_position("cpu", device)
+    test_row_of_minus_infinity_is_nan("cpu", device)
+    test_banned_token_is_minus_infinity("cpu", device)
+    test_zero_upstream_rows_get_zero("cpu", device)
+    test_more_than_2_31_elements_by_stride("cpu", device)
+    for bad in (math.nan, math.inf):
+        test_bad_logits_are_not_hidden("cpu", device, bad)
+    _strides("cpu", device)
