@@ -55,27 +55,23 @@ FASTPPO_INLINE void store(fp16_t* p, vec16 x) {
 
 FASTPPO_INLINE float lane0(vec16 x) { return x[0]; }
 
-// The first n < 16 elements, the others filled with -infinity.
-template <typename T>
-FASTPPO_INLINE vec16 load_part(const T* p, int64_t n) {
-  T part[16] = {};
-  std::memcpy(part, p, n * sizeof(T));
-  vec16 x = load(part);
-  for (int64_t i = n; i < 16; ++i) x[i] = -std::numeric_limits<float>::infinity();
-  return x;
-}
-
-template <typename T>
-FASTPPO_INLINE void store_part(T* p, vec16 x, int64_t n) {
-  T part[16];
-  store(part, x);
-  std::memcpy(p, part, n * sizeof(T));
-}
-
-FASTPPO_INLINE float load_one(const void* p, int dtype, int64_t i) {
+inline float load_one(const void* p, int dtype, int64_t i) {
   if (dtype == kFloat32) return static_cast<const float*>(p)[i];
-  if (dtype == kBFloat16) return lane0(load_part(static_cast<const bf16_t*>(p) + i, 1));
-  return lane0(load_part(static_cast<const fp16_t*>(p) + i, 1));
+  uint16_t lanes[16] = {static_cast<const uint16_t*>(p)[i]};
+  return lane0(dtype == kBFloat16 ? load(reinterpret_cast<const bf16_t*>(lanes)) : load(reinterpret_cast<const fp16_t*>(lanes)));
+}
+
+inline void store_one(void* p, int dtype, int64_t i, float x) {
+  if (dtype == kFloat32) {
+    static_cast<float*>(p)[i] = x;
+    return;
+  }
+  uint16_t lanes[16];
+  if (dtype == kBFloat16)
+    store(reinterpret_cast<bf16_t*>(lanes), splat(x));
+  else
+    store(reinterpret_cast<fp16_t*>(lanes), splat(x));
+  static_cast<uint16_t*>(p)[i] = lanes[0];
 }
 
 }  // namespace fastppo

@@ -45,28 +45,35 @@ FASTPPO_INLINE vec16 tanh16(vec16 u) {
   return q < splat(0.09f) ? near : far;
 }
 
-template <typename T, bool kBias>
+enum Kind { kPlain, kBias, kCap };  // kCap: soft cap, with a bias or without
+constexpr int64_t kStep = 64;       // columns per iteration: four independent chains of vec16
+
+// body(x, bias, n) for every kStep columns. The last, partial step runs on a copy padded with -infinity, so that the
+// body, which is compiled for every dtype, kind and ISA, exists once.
+template <typename T, typename Body>
+FASTPPO_INLINE void each_step(const T* x, const float* bias, int64_t n, const Body& body) {
+  alignas(64) T tail_x[kStep];
+  alignas(64) float tail_bias[kStep];
+  for (int64_t j = 0; j < n; j += kStep) {
+    const int64_t length = n - j < kStep ? n - j : kStep;
+    const T* from = x + j;
+    const float* from_bias = bias ? bias + j : nullptr;
+    if (length < kStep) {
+      for (int64_t i = 0; i < kStep; i += 16) store(tail_x + i, splat(-kInf)), store(tail_bias + i, vec16{});
+      std::memcpy(tail_x, from, length * sizeof(T));
+      if (bias) std::memcpy(tail_bias, from_bias, length * sizeof(float));
+      from = tail_x, from_bias = bias ? tail_bias : nullptr;
+    }
+    body(from, from_bias, j, length);
+  }
+}
+#define STEP [&](const T* x, const float* bias, int64_t at, int64_t length) __attribute__((always_inline))
+
+template <typename T, int kKind>
 FASTPPO_INLINE vec16 raw(const T* x, const float* bias, int64_t j) {
   vec16 v = load(x + j);
-  if (kBias) v = v + load16(bias + j);
+  if (kKind == kBias || (kKind == kCap && bias)) v = v + load(bias + j);
   return v;
-}
-
-template <typename T, bool kBias>
-FASTPPO_INLINE vec16 raw_part(const T* x, const float* bias, int64_t j, int64_t n) {
-  vec16 v = load_part(x + j, n);
-  if (kBias) {
-    vec16 b = load_part(bias + j, n);
-    for (int i = 0; i < 16; ++i) v[i] += i < n ? b[i] : 0.0f;
-  }
-  return v;
-}
-
-// y - max2, clamped.
-template <bool kCap>
-FASTPPO_INLINE vec16 relative(vec16 v, const LogitMap& map, float max2) {
-  if (kCap) v = tanh16(v * map.to_tanh);
-  return clamp_low(v * map.to_log2 - max2);
 }
 
 FASTPPO_INLINE float reduce_max(vec16 v) {
@@ -81,64 +88,51 @@ FASTPPO_INLINE double reduce_add(vec16 v) {
   return s;
 }
 
-template <typename T, bool kBias>
-FASTPPO_INLINE float block_max(const T* x, const float* bias, int64_t n) {
-  vec16 m0 = splat(-kInf), m1 = m0, m2 = m0, m3 = m0;
-  int64_t j = 0;
-  for (; j + 64 <= n; j += 64) {
-    m0 = max16(raw<T, kBias>(x, bias, j), m0);
-    m1 = max16(raw<T, kBias>(x, bias, j + 16), m1);
-    m2 = max16(raw<T, kBias>(x, bias, j + 32), m2);
-    m3 = max16(raw<T, kBias>(x, bias, j + 48), m3);
-  }
-  for (; j + 16 <= n; j += 16) m0 = max16(raw<T, kBias>(x, bias, j), m0);
-  if (j < n) m0 = max16(raw_part<T, kBias>(x, bias, j, n - j), m0);
-  return reduce_max(max16(max16(m0, m1), max16(m2, m3)));
+template <typename T, int kKind>
+FASTPPO_INLINE float block_max(const T* block, const float* block_bias, int64_t n) {
+  vec16 m[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
+  each_step(block, block_bias, n, STEP {
+    (void)at, (void)length;
+    for (int k = 0; k < 4; ++k) m[k] = max16(raw<T, kKind>(x, bias, 16 * k), m[k]);
+  });
+  return reduce_max(max16(max16(m[0], m[1]), max16(m[2], m[3])));
 }
 
-FASTPPO_INLINE void accumulate(vec16 y, vec16& sum, vec16& dot) {
-  vec16 e = exp2_inside(y);
-  sum = sum + e;
-  dot = dot + e * y;
-}
-
-template <typename T, bool kBias, bool kCap>
-FASTPPO_INLINE void block_sums(const T* x, int64_t n, const LogitMap& map, const float* bias, float max2, double& sum,
-                               double& dot) {
-  vec16 s0 = {}, s1 = {}, s2 = {}, s3 = {}, d0 = {}, d1 = {}, d2 = {}, d3 = {};
-  int64_t j = 0;
-  for (; j + 64 <= n; j += 64) {
+template <typename T, int kKind>
+FASTPPO_INLINE void block_sums(const T* block, int64_t n, const LogitMap& map, const float* block_bias, float max2,
+                               double& sum, double& dot) {
+  vec16 s[4] = {}, d[4] = {};
+  each_step(block, block_bias, n, STEP {
     // The next block comes from memory while this one is computed; past the end a prefetch is harmless.
-    for (int64_t line = 0; line < 64; line += 64 / sizeof(T)) __builtin_prefetch(x + j + kBlock + line);
-    accumulate(relative<kCap>(raw<T, kBias>(x, bias, j), map, max2), s0, d0);
-    accumulate(relative<kCap>(raw<T, kBias>(x, bias, j + 16), map, max2), s1, d1);
-    accumulate(relative<kCap>(raw<T, kBias>(x, bias, j + 32), map, max2), s2, d2);
-    accumulate(relative<kCap>(raw<T, kBias>(x, bias, j + 48), map, max2), s3, d3);
-  }
-  for (; j + 16 <= n; j += 16) accumulate(relative<kCap>(raw<T, kBias>(x, bias, j), map, max2), s0, d0);
-  if (j < n) {
-    vec16 y = relative<kCap>(raw_part<T, kBias>(x, bias, j, n - j), map, max2), s = {}, d = {};
-    accumulate(y, s, d);
-    // Lanes past the end are dropped here: a soft cap would make their -infinity a finite logit.
-    for (int i = 0; i < n - j; ++i) s0[i] += s[i], d0[i] += d[i];
-  }
-  sum = reduce_add((s0 + s1) + (s2 + s3));
-  dot = reduce_add((d0 + d1) + (d2 + d3));
+    for (int64_t line = 0; line < kStep; line += 64 / sizeof(T)) __builtin_prefetch(block + at + kBlock + line);
+    for (int k = 0; k < 4; ++k) {
+      vec16 v = raw<T, kKind>(x, bias, 16 * k);
+      if (kKind == kCap) v = tanh16(v * map.to_tanh);
+      vec16 y = clamp_low(v * map.to_log2 - max2);
+      if (kKind == kCap)  // which made padding's -infinity finite
+        for (int64_t i = length - 16 * k; i < 16; ++i) y[i < 0 ? 0 : i] = -126.0f;
+      vec16 e = exp2_inside(y);
+      s[k] = s[k] + e;
+      d[k] = d[k] + e * y;
+    }
+  });
+  sum = reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+  dot = reduce_add((d[0] + d[1]) + (d[2] + d[3]));
 }
 
-template <typename T, bool kBias, bool kCap>
+template <typename T, int kKind>
 FASTPPO_INLINE void stats(const void* x, int64_t n, const LogitMap& map, RowState& state) {
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     int64_t length = n - begin < kBlock ? n - begin : kBlock;
     const T* block = static_cast<const T*>(x) + begin;
-    const float* bias = kBias ? map.bias + begin : nullptr;
-    vec16 top = splat(block_max<T, kBias>(block, bias, length));
-    if (kCap) top = tanh16(top * map.to_tanh);
-    float top2 = lane0(top) * map.to_log2;
+    const float* bias = kKind != kPlain && map.bias ? map.bias + begin : nullptr;
+    float top = block_max<T, kKind>(block, bias, length);
+    if (kKind == kCap) top = std::tanh(top * map.to_tanh);
+    float top2 = top * map.to_log2;
     float max2 = top2 > state.max2 ? top2 : static_cast<float>(state.max2);
     float shift = max2 == -kInf ? 0.0f : max2;  // -inf - -inf would be NaN
     double sum, dot;
-    block_sums<T, kBias, kCap>(block, length, map, bias, shift, sum, dot);
+    block_sums<T, kKind>(block, length, map, bias, shift, sum, dot);
     // What the state held moves to the new maximum; before the first finite logit it holds nothing but perhaps a NaN.
     double move = state.max2 - shift, kept = state.max2 == -kInf ? 0.0 : std::exp2(move);
     state.dot = kept == 0.0 ? 0.0 * state.dot + dot : kept * (state.dot + move * state.sum) + dot;
@@ -147,63 +141,58 @@ FASTPPO_INLINE void stats(const void* x, int64_t n, const LogitMap& map, RowStat
   }
 }
 
-template <bool kCap>
-FASTPPO_INLINE vec16 gradient(vec16 v, const LogitMap& map, const RowCoefficients& k) {
-  vec16 slope = splat(map.grad);
-  if (kCap) {
-    v = tanh16(v * map.to_tanh);
-    slope = slope * (1.0f - v * v);
-  }
-  vec16 y = v * map.to_log2 - k.max2;
-  ivec16 dead = y < splat(-126.0f);
-  y = clamp_low(y);
-  vec16 d = exp2_inside(y) * (y * k.b + k.a) * slope;
-  return as_float(as_int(-d) & ~dead);  // exactly 0 where p is 0
-}
-
-template <typename T, bool kBias, bool kCap>
+template <typename T, int kKind>
 FASTPPO_INLINE void grad(const void* x_, void* dx_, int64_t n, const LogitMap& map, const RowCoefficients& k) {
-  const T* x = static_cast<const T*>(x_);
   T* dx = static_cast<T*>(dx_);
-  bool here = k.token >= 0 && k.token < n;
-  vec16 target = {};
-  if (here) {  // before an in-place write takes it away
-    vec16 v = raw_part<T, kBias>(x, map.bias, k.token, 1);
-    target = gradient<kCap>(v, map, k);
-    vec16 t = kCap ? tanh16(v * map.to_tanh) : vec16{};
-    target = target + k.g * map.grad * (1.0f - t * t);
-  }
-  int64_t j = 0;
-  for (; j + 32 <= n; j += 32) {
-    vec16 v0 = raw<T, kBias>(x, map.bias, j), v1 = raw<T, kBias>(x, map.bias, j + 16);
-    store(dx + j, gradient<kCap>(v0, map, k));
-    store(dx + j + 16, gradient<kCap>(v1, map, k));
-  }
-  for (; j < n; j += 16) {
-    int64_t length = n - j < 16 ? n - j : 16;
-    store_part(dx + j, gradient<kCap>(raw_part<T, kBias>(x, map.bias, j, length), map, k), length);
-  }
-  if (here) store_part(dx + k.token, target, 1);
+  each_step(static_cast<const T*>(x_), map.bias, n, STEP {
+    alignas(64) T tail[kStep];
+    T* out = length < kStep ? tail : dx + at;
+    for (int j = 0; j < kStep; j += 16) {
+      vec16 v = raw<T, kKind>(x, bias, j), slope = splat(map.grad);
+      if (kKind == kCap) {
+        v = tanh16(v * map.to_tanh);
+        slope = slope * (1.0f - v * v);
+      }
+      vec16 y = v * map.to_log2 - k.max2;
+      ivec16 dead = y < splat(-126.0f);
+      y = clamp_low(y);
+      vec16 d = exp2_inside(y) * (y * k.b + k.a) * slope;
+      store(out + j, as_float(as_int(-d) & ~dead));  // exactly 0 where p is 0
+    }
+    if (length < kStep) std::memcpy(dx + at, tail, length * sizeof(T));
+  });
 }
 
-// One body per dtype and ISA; the map's parts choose the inner loop.
-#define ROW_BODIES(T)                                                                                            \
-  FASTPPO_CLONES void stats_##T(const void* x, int64_t n, const LogitMap& map, RowState& state) {                \
-    if (map.cap > 0 && map.bias) return stats<T, true, true>(x, n, map, state);                                  \
-    if (map.cap > 0) return stats<T, false, true>(x, n, map, state);                                             \
-    if (map.bias) return stats<T, true, false>(x, n, map, state);                                                \
-    stats<T, false, false>(x, n, map, state);                                                                    \
-  }                                                                                                              \
+// One body per dtype and ISA; the map chooses the inner loop.
+#define ROW_BODIES(T)                                                                                               \
+  FASTPPO_CLONES void stats_##T(const void* x, int64_t n, const LogitMap& map, RowState& state) {                   \
+    if (map.cap > 0) return stats<T, kCap>(x, n, map, state);                                                       \
+    if (map.bias) return stats<T, kBias>(x, n, map, state);                                                         \
+    stats<T, kPlain>(x, n, map, state);                                                                             \
+  }                                                                                                                 \
   FASTPPO_CLONES void grad_##T(const void* x, void* dx, int64_t n, const LogitMap& map, const RowCoefficients& k) { \
-    if (map.cap > 0 && map.bias) return grad<T, true, true>(x, dx, n, map, k);                                   \
-    if (map.cap > 0) return grad<T, false, true>(x, dx, n, map, k);                                              \
-    if (map.bias) return grad<T, true, false>(x, dx, n, map, k);                                                 \
-    grad<T, false, false>(x, dx, n, map, k);                                                                     \
+    if (map.cap > 0) return grad<T, kCap>(x, dx, n, map, k);                                                        \
+    if (map.bias) return grad<T, kBias>(x, dx, n, map, k);                                                          \
+    grad<T, kPlain>(x, dx, n, map, k);                                                                              \
   }
 ROW_BODIES(float)
 ROW_BODIES(bf16_t)
 ROW_BODIES(fp16_t)
 #undef ROW_BODIES
+#undef STEP
+
+// The token's own column, in double: g reaches only this one.
+float token_gradient(const void* x, int dtype, const LogitMap& map, const RowCoefficients& k) {
+  double v = load_one(x, dtype, k.token), slope = map.grad;
+  if (map.bias) v = static_cast<float>(v) + map.bias[k.token];
+  if (map.cap > 0) {
+    v = std::tanh(v * map.to_tanh);
+    slope *= 1 - v * v;
+  }
+  double y = v * map.to_log2 - k.max2;
+  double part = y < -126 ? 0 : std::exp2(y) * (k.a + k.b * y);
+  return static_cast<float>(slope * (k.g - part));
+}
 
 }  // namespace
 
@@ -214,9 +203,15 @@ void row_stats(const void* x, int dtype, int64_t n, const LogitMap& map, RowStat
 }
 
 void row_grad(const void* x, void* dx, int dtype, int64_t n, const LogitMap& map, const RowCoefficients& k) {
-  if (dtype == kFloat32) return grad_float(x, dx, n, map, k);
-  if (dtype == kBFloat16) return grad_bf16_t(x, dx, n, map, k);
-  grad_fp16_t(x, dx, n, map, k);
+  const bool here = k.token >= 0 && k.token < n;
+  const float own = here ? token_gradient(x, dtype, map, k) : 0;  // before an in-place write takes the logit away
+  if (dtype == kFloat32)
+    grad_float(x, dx, n, map, k);
+  else if (dtype == kBFloat16)
+    grad_bf16_t(x, dx, n, map, k);
+  else
+    grad_fp16_t(x, dx, n, map, k);
+  if (here) store_one(dx, dtype, k.token, own);
 }
 
 double row_log2(const void* x, int dtype, int64_t column, const LogitMap& map) {
