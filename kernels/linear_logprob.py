@@ -84,6 +84,14 @@ def tile_tuple(tile_RC: Tensor, first: int) -> tuple[int, ...]:
     return (tile_RC.data_ptr(), rows, columns, tile_RC.stride(0), first, DTYPE_CODES[tile_RC.dtype])
 
 
+def large_buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, on 2 MB pages where the CPU can."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and not isinstance(extension(), str):
+        extension().advise_huge_pages(made.data_ptr(), made.nbytes)
+    return made
+
+
 def cpu_new_state(count: int, device: torch.device) -> Tensor:
     return torch.zeros(count, 4, dtype=torch.float64)
 
@@ -207,8 +215,11 @@ def backward_tiles(launcher: Launcher, hidden_ND, head: Head, scales: Scales, to
     workspace = hidden_ND.new_empty(min(rows, len(hidden_ND)) * columns)
     exact = torch.float32 if hidden_ND.element_size() == 2 else hidden_ND.dtype
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=exact) if needs[0] else None
-    new = torch.empty if len(hidden_ND) else torch.zeros  # no row, no product that would write it
-    dweight_VD = new(vocab, depth, dtype=hidden_ND.dtype, device=hidden_ND.device) if needs[1] else None
+    dweight_VD = None
+    if needs[1]:
+        dweight_VD = large_buffer(vocab, depth, dtype=hidden_ND.dtype, device=hidden_ND.device)
+    if needs[1] and not len(hidden_ND):
+        dweight_VD.zero_()  # no row, no product that would write it
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
     dbias_V = torch.zeros_like(bias_V) if needs[2] else None
     for cols in spans(vocab, columns):

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from fastppo.kernels import linear_logprob as tiles
-from fastppo.kernels._backend import pick
+from fastppo.kernels._backend import extension, pick
 from fastppo.kernels.linear_logprob import Head, Scales, autocast_inputs, check_head, linear_logprob_reference
 from fastppo.kernels.logprob import DTYPE_CODES, check_temperature, check_tokens, once
-from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss, ppo_loss_reference
+from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOLossOptions, PPOStats, ppo_loss, ppo_loss_reference
 
 CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 1280 * 2**20}
 MOVE_ROWS = 64
@@ -110,6 +110,38 @@ def chunk_by_parts(launcher: tiles.Launcher, backend: str | None) -> Callable:
     return chunk
 
 
+def cpu_chunk(tile_RV, scales: Scales, bias_V, rows: Rows, loss: Loss, want_grad: bool) -> Chunk:
+    """The C++ chunk: each row's statistics, loss and gradient while the row is in the cache."""
+    count, o = len(tile_RV), loss.options
+    mean, rstd = (0.0, 1.0) if loss.whiten is None else (float(x) for x in loss.whiten)
+    inputs = [x if x is None else x.contiguous() for x in (rows.tokens_R, rows.values_R.float(), *rows.batch)]
+    logprob_R, entropy_R, dlogprob_R, dentropy_R, dvalues_R = torch.empty(5, count).unbind()
+    stats_K = torch.empty(len(STATS), dtype=torch.float64)
+    value = extension().linear_ppo_loss_chunk(
+        (tile_RV.data_ptr(), *tile_RV.shape, tile_RV.stride(0), DTYPE_CODES[tile_RV.dtype]),
+        scales,
+        tiles.address(bias_V),
+        [tiles.address(x) for x in inputs],
+        (
+            1 - o.cliprange,
+            1 + o.cliprange,
+            o.cliprange_value,
+            o.vf_coef,
+            o.dual_clip or 0.0,
+            o.entropy_coef,
+            mean,
+            rstd,
+            1.0 / max(float(loss.normalizer), 1e-30),
+        ),
+        [x.data_ptr() for x in (logprob_R, entropy_R, dlogprob_R, dentropy_R, dvalues_R, stats_K)],
+        want_grad,
+    )
+    stats = PPOStats((stats_K,))
+    return Chunk(
+        torch.tensor(value, dtype=torch.float32), stats, logprob_R, entropy_R, dlogprob_R, dentropy_R, dvalues_R
+    )
+
+
 def chunk_rows(count: int, vocab: int, itemsize: int, device_type: str) -> int:
     """Rows of a chunk: as many as CHUNK_BYTES holds, evened out over the chunks."""
     most = max(1, CHUNK_BYTES[device_type] // (vocab * itemsize))
@@ -135,7 +167,8 @@ class GradientSums:
         self.dhidden_ND = torch.zeros_like(hidden_ND) if needs[0] else None
         exact = chunks > 1 and hidden_ND.element_size() == 2
         dtype = torch.float32 if exact else hidden_ND.dtype
-        self.dweight_VD = torch.empty(head.weight_VD.shape, dtype=dtype, device=hidden_ND.device) if needs[2] else None
+        shape, device = head.weight_VD.shape, hidden_ND.device
+        self.dweight_VD = tiles.large_buffer(*shape, dtype=dtype, device=device) if needs[2] else None
         self.dbias_V = torch.zeros(len(head.weight_VD), device=hidden_ND.device) if needs[3] else None
         self.empty = True
 
@@ -161,7 +194,7 @@ def run_chunks(chunk: Callable, rows: Rows, head: Head, scales: Scales, loss: Lo
     size = chunk_rows(count, vocab, hidden_ND.element_size(), device.type)
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
     sums = GradientSums(hidden_ND, head, max(1, -(-count // size)), needs)
-    workspace = hidden_ND.new_empty(min(size, count), vocab)
+    workspace = tiles.large_buffer(min(size, count), vocab, dtype=hidden_ND.dtype, device=device)
     parts = []
     for span in tiles.spans(count, size) if count else [slice(0, 0)]:  # no token: the loss is 0, the statistics too
         part_rows = rows.take(span)
@@ -243,7 +276,8 @@ def _run(chunk: Callable) -> Callable:
         shape, depth = tokens_N.shape, hidden_ND.shape[-1]
         if normalizer is None:
             normalizer = tokens_N.numel() if batch.mask_N is None else batch.mask_N.sum().clamp(min=1)
-        flat = PPOBatch(*(None if x is None else x.reshape(-1) for x in batch))
+        flat = PPOBatch(*(None if x is None else x.detach().reshape(-1) for x in batch))
+        flat = PPOBatch(*(x.float() for x in flat[:4]), flat.mask_N)
         scales = Scales(temperature, float(head.logit_scale), float(head.softcap or 0.0))
         loss, stats, logprob_N, entropy_N = _LinearPPOLoss.apply(
             hidden_ND.reshape(-1, depth),
@@ -262,8 +296,8 @@ def _run(chunk: Callable) -> Callable:
 
 
 BACKEND_TABLE = {
-    "triton": _run(chunk_by_parts(tiles.TRITON, None)),
-    "cpu": _run(chunk_by_parts(tiles.CPU, None)),
+    "triton": _run(chunk_by_parts(tiles.TRITON, "triton")),
+    "cpu": _run(cpu_chunk),
     "reference": linear_ppo_loss_reference,
 }
 

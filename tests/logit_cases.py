@@ -8,7 +8,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def assert_as_exact_as_torch(name: str, ours, plain, truth, tiny: float = 1e-6, floor: float = 2e-7) -> None:
     """error <= 2 * the error of plain PyTorch in the same dtype + tiny * the largest magnitude in the truth + floor.
 
-    The floor is rounding near 1, which decides where the truth is exactly 0 (one token with all the probability). NaN and infinities must stand in the same places.
+    The floor is rounding near 1, which decides where the truth is exactly 0 (one token with all the probability).
+    NaN and infinities must stand in the same places.
     """
     ours, plain, truth = (x.detach().double().cpu() for x in (ours, plain, truth))
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, wanted {tuple(truth.shape)}"

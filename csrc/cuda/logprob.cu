@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads) logprob_forward_kernel(const T* logi
   const float h = kLn2 * (log_sum - whole.dot / whole.sum);
   float value = valid ? kLn2 * (fmaf(Packed<T>::one(x + token), to_log2, -whole.top) - log_sum) : NAN;
   value = value > 0.0f ? 0.0f : value;
-  logprob[row] = isnan(h) ? NAN : value;
+  logprob[row] = h != h ? NAN : value;
   entropy[row] = whole.top == -INFINITY ? NAN : (h < 0.0f ? 0.0f : h);
   stats[2 * row] = whole.top;
   stats[2 * row + 1] = whole.sum;
