@@ -1,0 +1,1 @@
+"""The late PPO API, under the names of trl.experimental."""

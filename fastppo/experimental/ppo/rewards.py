@@ -1,0 +1,168 @@
+"""What scores a response: a reward model, a Python function over texts, an HTTP endpoint, or a weighted list of them.
+
+Suffixes: B sequences, L prompt + response tokens.
+"""
+
+import inspect
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastppo.experimental.ppo.models import check_scorer
+from fastppo.packed_model import PackedModel
+from fastppo.packing import pack
+from fastppo.reward import last_tokens
+from fastppo.score import as_scores
+
+RETRIES = 3
+TIMEOUT_SECONDS = 60.0
+
+
+class Judged(NamedTuple):
+    """What is scored. tokens_BL, mask_BL: prompt + response, right-padded. columns: the dataset's other columns."""
+
+    tokens_BL: torch.Tensor
+    mask_BL: torch.Tensor
+    prompts: list[str]
+    completions: list[str]
+    columns: dict[str, list]
+
+
+class Rewards:
+    """Sum of weight * score over the given sources, and each source's own scores by name."""
+
+    def __init__(self, reward: Any, weights: list[float] | None, chunk: int):
+        parts = list(reward) if isinstance(reward, (list, tuple)) else [reward]
+        pairs = [part if isinstance(part, tuple) else (part, 1.0) for part in parts]
+        if weights is not None:
+            if len(weights) != len(pairs):
+                raise ValueError(f"PPOTrainer: {len(pairs)} rewards but {len(weights)} reward_weights")
+            pairs = [(source, weight) for (source, _), weight in zip(pairs, weights, strict=True)]
+        if not pairs:
+            raise ValueError("PPOTrainer: reward_model is an empty list")
+        self.sources = [_source(part, chunk) for part, _ in pairs]
+        self.weights = [float(weight) for _, weight in pairs]
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [source.model for source in self.sources if isinstance(source, ModelReward)]
+
+    def __call__(self, judged: Judged) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(scores [B], name -> scores [B]), float32 on the CPU. NonFinite names the sequences of a NaN or infinity."""
+        parts = [as_scores(source(judged), len(judged.completions)) for source in self.sources]
+        total_B = sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+        names = [source.name for source in self.sources]
+        named = {f"{n}_{i}" if names.count(n) > 1 else n: p for i, (n, p) in enumerate(zip(names, parts, strict=True))}
+        return total_B, named if len(parts) > 1 else {}
+
+
+def _source(reward: Any, chunk: int) -> Callable[[Judged], Any]:
+    if isinstance(reward, nn.Module):
+        return ModelReward(reward, chunk)
+    if isinstance(reward, str):
+        return EndpointReward(reward)
+    if callable(reward):
+        return FunctionReward(reward)
+    raise TypeError(
+        "PPOTrainer: reward_model must be a sequence classifier, a function of (prompts, completions), the URL of an "
+        f"endpoint, or a list of these; got {type(reward).__name__}"
+    )
+
+
+class ModelReward:
+    """The score of a sequence classifier that reads the policy's tokens, at the last token of prompt + response."""
+
+    def __init__(self, model: nn.Module, chunk: int):
+        check_scorer(model, "reward_model")
+        self.name, self.model, self.chunk = type(model).__name__, model.eval(), chunk
+        self._packed = PackedModel(model)
+
+    @torch.no_grad()
+    def __call__(self, judged: Judged) -> torch.Tensor:
+        packed = self._packed
+        device, pad = next(self.model.parameters()).device, packed.inner.config.pad_token_id
+        scores = []
+        with packed.attention():
+            for tokens_BL, mask_BL in zip(
+                judged.tokens_BL.split(self.chunk), judged.mask_BL.split(self.chunk), strict=True
+            ):
+                tokens_BL, mask_BL = tokens_BL.to(device), mask_BL.to(device)
+                batch = pack(tokens_BL, mask_BL)
+                is_last_BL = torch.zeros_like(batch.kept_BT)
+                is_last_BL.scatter_(1, last_tokens(tokens_BL, mask_BL, pad)[:, None], True)
+                hidden_BD = packed.hidden(tokens_BL, batch)[batch.pick(is_last_BL)]
+                scores.append(packed.inner.score(hidden_BD)[:, 0].float().cpu())
+        return torch.cat(scores)
+
+
+class FunctionReward:
+    """function(prompts, completions, **columns) -> one number per completion.
+
+    prompts, completions: lists of str. Columns of the dataset are passed by name: those the function has parameters
+    for, or all where it takes **kwargs.
+    """
+
+    def __init__(self, function: Callable):
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self.function = function
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.names = {p.name for p in parameters}
+
+    def __call__(self, judged: Judged) -> Any:
+        columns = {n: x for n, x in judged.columns.items() if n not in ("prompts", "completions")}
+        if not self.takes_all:
+            columns = {name: x for name, x in columns.items() if name in self.names}
+        return self.function(judged.prompts, judged.completions, **columns)
+
+
+class EndpointReward:
+    """POST {"prompts", "completions", column: [...]} as JSON; the answer is a list of numbers, or {"scores": [...]}."""
+
+    name = "endpoint"
+
+    def __init__(self, url: str):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"PPOTrainer: reward_model {url!r} is no http(s) URL; load a model first and pass the model itself"
+            )
+        self.url = url
+
+    def __call__(self, judged: Judged) -> Any:
+        body = {name: x for name, x in judged.columns.items() if _is_json(x)}
+        body |= {"prompts": judged.prompts, "completions": judged.completions}
+        answer = self._post(json.dumps(body).encode())
+        scores = answer.get("scores", answer.get("rewards")) if isinstance(answer, dict) else answer
+        if not isinstance(scores, list):
+            raise ValueError(
+                f'reward endpoint {self.url}: wanted a list or {{"scores": [...]}}; got {str(answer)[:200]}'
+            )
+        return scores
+
+    def _post(self, body: bytes) -> Any:
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        for attempt in range(RETRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+                    return json.load(response)
+            except urllib.error.URLError as error:
+                client_error = isinstance(error, urllib.error.HTTPError) and error.code < 500
+                if client_error or attempt == RETRIES - 1:
+                    raise RuntimeError(
+                        f"reward endpoint {self.url} failed after {attempt + 1} tries: {error}"
+                    ) from error
+                time.sleep(2**attempt)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
