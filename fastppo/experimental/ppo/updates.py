@@ -16,7 +16,7 @@ from fastppo.experience import advantages_and_returns, kl_rewards
 from fastppo.experimental.ppo import learner
 from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats
-from fastppo.update import clip_and_check
+from fastppo.update import clip
 
 if TYPE_CHECKING:
     from fastppo.experimental.ppo.ppo_trainer import PPOTrainer
@@ -104,8 +104,11 @@ def _minibatch(trainer: "PPOTrainer", old: PPOBatch, data: learner.Sequences, in
             trainer.micro_rows = -(-trainer.micro_rows // 2)
             logger.warning("out of memory: micro-batches have %d sequences from here on", trainer.micro_rows)
             torch.cuda.empty_cache()
-    norm = clip_and_check(trainable(trainer), trainer.args.max_grad_norm or None)
-    if trainer.guard.allows("the gradient norm", norm, index.tolist(), trainer.state.global_step + 1):
+    trainer.accelerator.unscale_gradients(trainer.optimizer)
+    norm = clip(trainable(trainer), trainer.args.max_grad_norm or None)
+    # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
+    scaled = trainer.accelerator.scaler is not None
+    if scaled or trainer.guard.allows("the gradient norm", norm, index.tolist(), trainer.state.global_step + 1):
         trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     return Optimised(stats, distance, norm)
