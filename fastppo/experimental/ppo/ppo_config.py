@@ -118,14 +118,13 @@ class PPOConfig(BaseConfig):
             if hasattr(self, "activation_checkpointing"):
                 self.activation_checkpointing = False
 
-    def set_batch_sizes(self, processes: int, dataset_length: int) -> None:
-        """Fill in what follows from the other fields. ValueError where sizes don't divide."""
+    def set_batch_sizes(self, dataset_length: int) -> None:
+        """Fill in what follows from the other fields and world_size. ValueError where sizes don't divide."""
         from fastppo.experimental.ppo.functions import exact_div
 
-        self.world_size = processes
         self.local_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        self.micro_batch_size = self.per_device_train_batch_size * processes
-        self.batch_size = self.local_batch_size * processes
+        self.micro_batch_size = self.per_device_train_batch_size * self.world_size
+        self.batch_size = self.local_batch_size * self.world_size
         why = "`batch_size` must be a multiple of `num_mini_batches`"
         self.mini_batch_size = exact_div(self.batch_size, self.num_mini_batches, why)
         why = "`local_batch_size` must be a multiple of `num_mini_batches`"

@@ -103,8 +103,9 @@ class PPOTrainer(Trainer):
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        args.world_size = args.distributed_state.num_processes
         train_dataset = prepare_prompts(train_dataset, tokenizer, args)
-        args.set_batch_sizes(args.distributed_state.num_processes, len(train_dataset))
+        args.set_batch_sizes(len(train_dataset))
         self.stop_token_id = tokenizer.eos_token_id if args.stop_token == "eos" else args.stop_token_id
         self.policy_model = add_adapter(model, peft_config, args)
         self.is_peft_model = hasattr(self.policy_model, "peft_config")
