@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin,
 
 from fastppo.chat import load_chat_template, set_special_tokens
 from fastppo.packed_model import PackedModel
+from fastppo.run_folder import resolve
 from fastppo.training_args import SupervisedConfig, adopt
 
 
@@ -132,6 +133,10 @@ class PackedTrainer(Trainer):
         self._metrics = MeanMetrics()
         self._new_tokens = 0
         self._packed = PackedModel(self.accelerator.unwrap_model(self.model), why_padded)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trainer.train; resume_from_checkpoint may also be "auto": the newest whole checkpoint, if there is any."""
+        return super().train(resolve(self.args.output_dir, resume_from_checkpoint), **kwargs)
 
     @property
     def _mode(self) -> str:

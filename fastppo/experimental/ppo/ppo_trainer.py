@@ -37,10 +37,11 @@ from fastppo.experimental.ppo.models import PolicyAndValueWrapper, disable_dropo
 from fastppo.experimental.ppo.ppo_config import PPOConfig
 from fastppo.experimental.ppo.prompts import PromptBatch, PromptCollator, PromptStream, prepare_prompts
 from fastppo.experimental.ppo.rewards import Judged, Rewards
-from fastppo.experimental.ppo.state import OnlineTrainerState, checkpoints, remove_old, whole_or_nothing
+from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.generation import Generator
 from fastppo.model_card import write_model_card
 from fastppo.models import create_reference_model
+from fastppo.run_folder import remove_old, resolve, whole_or_nothing
 from fastppo.score import NonFinite
 from fastppo.supervised import add_adapter
 from fastppo.update import Guard
@@ -262,15 +263,18 @@ class PPOTrainer(Trainer):
     # --- training -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **_: Any) -> TrainOutput:
-        """Train for args.num_total_batches updates; resume_from_checkpoint: a checkpoint, or True for the newest."""
+        """Train for args.num_total_batches updates.
+
+        resume_from_checkpoint: a checkpoint's folder; True: the newest; "auto": the newest if there is any.
+        """
         args = self.args
         set_seed(args.seed)
         self._start_state()
         self.create_optimizer()
         self.create_scheduler(num_training_steps=args.num_total_batches, optimizer=self.optimizer)
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        if resume_from_checkpoint:
-            self._resume(resume_from_checkpoint)
+        if checkpoint := resolve(args.output_dir, resume_from_checkpoint):
+            updates.load_resume(self, Path(checkpoint))
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = self.dataloader
@@ -350,14 +354,6 @@ class PPOTrainer(Trainer):
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder))
         self.accelerator.wait_for_everyone()
-
-    def _resume(self, checkpoint: str | bool) -> None:
-        if checkpoint is True:
-            found = checkpoints(self.args.output_dir)
-            if not found:
-                raise ValueError(f"PPOTrainer.train: no checkpoint to resume from in {self.args.output_dir}")
-            checkpoint = found[-1]
-        updates.load_resume(self, Path(checkpoint))
 
     def create_model_card(
         self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, folder: Any = None, **_: Any
