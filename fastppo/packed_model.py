@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastppo import attention
+from fastppo.activations import fused_gelu
 from fastppo.models.head import backbone
 from fastppo.packing import PackedBatch
 
@@ -48,9 +49,11 @@ class PackedModel:
         if self.why_padded:
             logger.warning("batches are padded, not packed: %s", self.why_padded)
 
-    def attention(self) -> Any:
+    @contextlib.contextmanager
+    def attention(self) -> Iterator[None]:
         """Context in which forward and backward passes of this model must run."""
-        return contextlib.nullcontext() if self.why_padded else attention.install(self.model)
+        with contextlib.nullcontext() if self.why_padded else attention.install(self.model), fused_gelu(self.inner):
+            yield
 
     def hidden(self, tokens_BT: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """[N, D], what the head reads at the tokens of `batch`."""
