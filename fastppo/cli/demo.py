@@ -4,6 +4,7 @@ A tiny language model learns to write short stories, as often happy as sad. PPO 
 the reward is the number of happy words less the number of sad words.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,14 @@ class DemoOptions:
 
 
 BATCH, RESPONSE_TOKENS, STORIES = 32, 48, 6000
+
+
+def use_one_thread() -> None:
+    """The model is so small that a second thread brings little; on a busy machine its barriers cost most of the time."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(1)
 
 
 def language_model(options: DemoOptions, console: Any) -> tuple[Any, Any]:
@@ -117,6 +126,7 @@ def run(argv: Sequence[str]) -> int:
     from fastppo.cli.screen import Screen
     from fastppo.cli.session import Session, quiet_libraries, run_session
 
+    use_one_thread()
     console, started = Console(highlight=False), time.perf_counter()
     default = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     folder = RunFolder(options.output_dir or default, overwrite=options.overwrite)
