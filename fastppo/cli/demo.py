@@ -21,7 +21,7 @@ class DemoOptions:
 
     seed: int = 0
     """Seed of the corpus, the model and the sampling."""
-    steps: int = 60
+    steps: int = 40
     """PPO steps of 32 stories each."""
     lm_steps: int = 300
     """Training steps of the language model before PPO."""
