@@ -73,7 +73,7 @@ def test_a_demo_leaves_a_policy_numbers_and_curves(short_run):
     from fastppo import AutoModelForCausalLMWithValueHead
 
     names = {path.name for path in short_run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "samples.json", "tensorboard", "curves.png", "policy"}
+    assert names == {"config.yaml", "info.json", "metrics.jsonl", "samples.json", "tensorboard", "curves.png", "policy"}
     wanted = {
         "objective/kl",
         "env/reward_mean",

@@ -59,7 +59,9 @@ def test_ci_runs_the_readmes_own_commands():
     """.ci/run takes its commands from these headings; its extraction gives the block that a reader sees."""
     script = (ROOT / ".ci/run").read_text()
     headings = re.findall(r'^run_block "(.*)"$', script, re.MULTILINE)
-    assert [bash_block(h).split("\n")[-2] for h in headings] == ["fastppo demo", "pytest -n 2"]
+    commands = [bash_block(heading).splitlines() for heading in headings]
+    assert commands[0] == ["pip install .", "fastppo demo"]
+    assert commands[1][0] == 'pip install -e ".[test]"' and " pytest -n 2" in commands[1][1]
     function = re.search(r"^readme_block\(\) \{.*?^\}", script, re.MULTILINE | re.DOTALL).group(0)
     for heading in headings:
         ran = run("bash", "-c", f'{function}\nreadme_block "{heading}"')

@@ -150,6 +150,22 @@ def gather() -> dict[str, Any]:
     }
 
 
+def about() -> dict[str, str]:
+    """The lines of a run's info.json: enough to know later what made its numbers."""
+    told = gather()
+    cards = told["gpus"]
+    return {
+        **told["versions"],
+        "device": told["device"],
+        "cpu": f"{told['cpu']['name']}, {told['cpu']['cores']} cores, {told['cpu']['threads']} threads",
+        "gpu": cards if isinstance(cards, str) else ", ".join(card["name"] for card in cards),
+        "attention": next(name for name, reason in told["attention"].items() if reason is None),
+        **{
+            op: next((n for n, why in table.items() if why is None), "nothing") for op, table in told["kernels"].items()
+        },
+    }
+
+
 def render(told: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 

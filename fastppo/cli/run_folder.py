@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, metrics.jsonl, tensorboard events, samples.json, curves.png, and the saved policy."""
+"""A run's folder: config.yaml, info.json, metrics.jsonl, tensorboard events, samples.json, curves.png, and the saved policy."""
 
 import contextlib
 import json
@@ -54,9 +54,12 @@ class RunFolder:
         self.board = None
 
     def write_config(self, values: Mapping[str, Any]) -> None:
-        """config.yaml: what --config takes to do this run again."""
+        """config.yaml: what --config takes to do this run again. info.json: versions, machine, back ends."""
+        from fastppo.cli.info import about
+
         with writing(self.path / "config.yaml"):
             (self.path / "config.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+            (self.path / "info.json").write_text(json.dumps(about(), indent=1), encoding="utf-8")
 
     def write_step(self, step: Step) -> None:
         """One line of metrics.jsonl (NaN and infinity as null, which JSON has no word for) and the tensorboard events."""

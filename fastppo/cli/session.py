@@ -56,6 +56,7 @@ class Session:
             "samples.json": "answers before and after",
             "tensorboard/": "the same numbers for 'tensorboard --logdir'",
         }
+        told["config.yaml"] = "the options, for --config; info.json: versions and machine"
         self.screen.say(f"Saved in {self.folder.path}:")
         for name, what in told.items():
             self.screen.say(f"  {name:<14}{what}")
