@@ -133,6 +133,9 @@ class PackedLearner:
         if self.mismatch is not None:
             return
         self.mismatch = mismatch(torch.cat([result.log_ratio_R for result in results]))
+        if self.trainer.is_distributed:
+            mean = torch.tensor([self.mismatch.mean], device=self.trainer.current_device)
+            self.mismatch = self.mismatch._replace(mean=float(self.trainer.accelerator.gather(mean).mean()))
         if self.tolerance is not None and not self.mismatch.mean <= self.tolerance:
             self._forget()
             raise RolloutMismatch(

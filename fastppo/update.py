@@ -109,10 +109,12 @@ def apply_step(trainer, group) -> bool:
     accelerator.gradient_state._set_sync_gradients(True)
     accelerator.unscale_gradients(trainer.optimizer)
     norm = clip(trainer.model_params, config.max_grad_norm)
+    watched = [] if accelerator.scaler is not None else list(_watched(group, norm))
     # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
-    fine = accelerator.scaler is not None or all(
-        trainer._guard.allows(what, value, rows, trainer._steps_done) for what, value, rows in _watched(group, norm)
-    )
+    fine = all(trainer._guard.allows(what, value, rows, trainer._steps_done) for what, value, rows in watched)
+    if trainer.is_distributed:
+        everywhere = accelerator.gather(torch.tensor([float(fine)], device=trainer.current_device))
+        fine = bool(everywhere.all())
     if fine:
         trainer.optimizer.step()
     trainer.optimizer.zero_grad()

@@ -37,7 +37,8 @@ class PackedPath:
     def prepare(self, queries, responses, scores_B, response_masks, clock: Clock) -> Experience:
         t = self.trainer
         self._check_lengths(queries, responses)
-        self._sequences = packed.sequences(queries, responses, response_masks, t.tokenizer.padding_side == "left")
+        left, width = t.tokenizer.padding_side == "left", self._width(queries, responses)
+        self._sequences = packed.sequences(queries, responses, response_masks, left, width)
         self._mismatch = None
         with clock.stage("forward_pass"), update.eval_mode(t.model, t.ref_model), t.accelerator.autocast():
             ref_logprobs = self._score(self._reference(), with_values=False)[0]
@@ -45,6 +46,13 @@ class PackedPath:
             logprobs, values, from_rollout = self._old(t._rollouts.find(queries, responses))
         self._parts = ((queries, responses), scores_B, ref_logprobs, kl_BT, clock)
         return self._experience(logprobs, values, from_rollout)
+
+    def _width(self, queries, responses) -> int:
+        """Predicted positions of the longest sequence, over all processes: their statistics are averaged as arrays."""
+        width = max(len(q) + len(r) for q, r in zip(queries, responses, strict=True)) - 1
+        if not self.trainer.is_distributed:
+            return width
+        return int(self.trainer.accelerator.gather(torch.tensor([width], device=self.trainer.current_device)).max())
 
     def _experience(self, logprobs, values, from_rollout: bool) -> Experience:
         t, mask = self.trainer, self._sequences.mask_BT

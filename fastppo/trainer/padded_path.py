@@ -26,7 +26,7 @@ def shape_rewards(trainer, sequences, scores_B, tensors, reward, clock: Clock, f
         with clock.stage("compute_advantages"):
             values, advantages, returns = trainer.compute_advantages(values, rewards, mask)
     for name, x in (("log-prob", logprobs), ("reference log-prob", ref_logprobs), ("return", returns)):
-        check_finite(name, torch.where(mask, x, 0.0))
+        trainer._agreed(check_finite, name, torch.where(mask, x, 0.0))
     return Experience(
         queries=sequences[0],
         responses=sequences[1],

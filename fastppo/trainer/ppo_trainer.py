@@ -150,7 +150,9 @@ class PPOTrainer(BaseTrainer):
         queries, responses, scores, response_masks = checked
         moments = snapshot(self.running)
         try:
-            scores_B = self._score(scores)
+            scores_B = torch.stack(scores)
+            self._agreed(check_finite, "score", scores_B)
+            scores_B = shape_scores(scores_B, self.config, self.running)
             batch = self._path.prepare(queries, responses, scores_B, response_masks, clock)
         except NonFinite as error:
             restore(self.running, moments)
@@ -169,10 +171,20 @@ class PPOTrainer(BaseTrainer):
         stats |= self._path.extra_stats(batch, clock) | clock.timing()
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
 
-    def _score(self, scores):
-        scores_B = torch.stack(scores)
-        check_finite("score", scores_B)
-        return shape_scores(scores_B, self.config, self.running)
+    def _agreed(self, check, *args) -> None:
+        """Run a check that raises NonFinite on all processes or on none: a step is left together."""
+        error = None
+        try:
+            check(*args)
+        except NonFinite as found:
+            error = found
+        if self.is_distributed:
+            failed = torch.tensor([float(error is not None)], device=self.current_device)
+            anywhere = bool(self.accelerator.gather(failed).any())
+            if anywhere and error is None:
+                error = NonFinite("a number is NaN or infinite in another process's batch")
+        if error is not None:
+            raise error
 
     def _abandon(self, why: str) -> dict:
         """A batch that can't be learnt from: stop, or skip it and say so in the statistics."""
