@@ -3,72 +3,120 @@
 //
 // A panel is 32 columns of the output: for each k, 32 weights lie side by side. A tile of 8 rows x 32 columns stays in 16
 // AVX-512 registers while k runs; a panel is read from memory once and from L2 for further tiles of rows.
+// bf16 panels hold pairs (k, k + 1) side by side, K padded to 32: the order of AMX's tiles, which multiply them where the
+// processor has them (x rounded to bf16 too); elsewhere they are widened and multiplied as floats.
 #include "packed_linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "../ops.h"
+#include "amx.h"
 #include "simd.h"
 
 namespace fastppo {
 namespace {
 
+// elements of a packed panel
+inline int64_t panel_size(int64_t K, bool bf16) { return (bf16 ? (K + 31) / 32 * 32 : K) * kPanel; }
+
 constexpr int kTile = 8;           // rows of x in registers
+constexpr int64_t kDepth = 256;     // even: bf16 panels hold pairs
 constexpr int64_t kRowBlock = 128;  // rows whose part of x stays in L2 while the panels pass
 
-FASTPPO_INLINE vec16 weights16(const float* p) { return load16(p); }
-FASTPPO_INLINE vec16 weights16(const uint16_t* p) { return load16_bf16(p); }
+FASTPPO_INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN stays NaN
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 
-// `ahead`: weights of the next panel, fetched while this one is at work (one cache line a step), or nullptr.
-template <int R, typename T>
-FASTPPO_INLINE void tile(const float* x, int64_t K, const T* w, const char* ahead, vec16* low, vec16* high) {
+FASTPPO_INLINE float from_bf16(uint16_t x) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+FASTPPO_INLINE vec16 bits16(ivec16 bits) { return reinterpret_cast<vec16&>(bits); }
+
+// sums [R, 32] (+)= x [R, some k] w. `ahead`: weights of the next panel, fetched while this one is at work, or nullptr.
+template <int R>
+FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const float* w, const char* ahead, float* sums, bool fresh) {
   vec16 a[R], b[R];
-  for (int r = 0; r < R; ++r) a[r] = b[r] = vec16{};
-  for (int64_t k = 0; k < K; ++k, w += kPanel) {
+  for (int r = 0; r < R; ++r) {
+    a[r] = fresh ? vec16{} : load16(sums + r * kPanel);
+    b[r] = fresh ? vec16{} : load16(sums + r * kPanel + 16);
+  }
+  for (int64_t k = 0; k < some; ++k, w += kPanel) {
     if (ahead) __builtin_prefetch(ahead + k * 64, 0, 2);
-    const vec16 w0 = weights16(w), w1 = weights16(w + 16);
+    const vec16 w0 = load16(w), w1 = load16(w + 16);
     for (int r = 0; r < R; ++r) {
-      const vec16 xv = splat(x[r * K + k]);
+      const float xv = x[r * K + k];  // not splat(): its addition would take the multiply-adds' ports
       a[r] += xv * w0;
       b[r] += xv * w1;
     }
   }
-  for (int r = 0; r < R; ++r) low[r] = a[r], high[r] = b[r];
+  for (int r = 0; r < R; ++r) store16(sums + r * kPanel, a[r]), store16(sums + r * kPanel + 16, b[r]);
+}
+
+template <int R>
+FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const uint16_t* w, const char* ahead, float* sums, bool fresh) {
+  vec16 a[R], b[R];
+  for (int r = 0; r < R; ++r) {
+    a[r] = fresh ? vec16{} : load16(sums + r * kPanel);
+    b[r] = fresh ? vec16{} : load16(sums + r * kPanel + 16);
+  }
+  for (int64_t k = 0; k < some; k += 2, w += 2 * kPanel) {
+    if (ahead) __builtin_prefetch(ahead + k * 32, 0, 2);
+    const ivec16 p0 = *reinterpret_cast<const ivec16*>(w), p1 = *reinterpret_cast<const ivec16*>(w + kPanel);
+    const bool odd = k + 1 == some;
+    for (int r = 0; r < R; ++r) {
+      const float x0 = x[r * K + k], x1 = odd ? 0.0f : x[r * K + k + 1];
+      a[r] += x0 * bits16(p0 << 16) + x1 * bits16(p0 & static_cast<int32_t>(0xffff0000));
+      b[r] += x0 * bits16(p1 << 16) + x1 * bits16(p1 & static_cast<int32_t>(0xffff0000));
+    }
+  }
+  for (int r = 0; r < R; ++r) store16(sums + r * kPanel, a[r]), store16(sums + r * kPanel + 16, b[r]);
 }
 
 template <typename T>
-FASTPPO_INLINE void tile_of(int rows, const float* x, int64_t K, const T* w, const char* ahead, vec16* low, vec16* high) {
+FASTPPO_INLINE void tile_of(int rows, const float* x, int64_t K, int64_t some, const T* w, const char* ahead, float* sums, bool fresh) {
+#define CASE(R) \
+  case R: return tile<R>(x, K, some, w, ahead, sums, fresh);
   switch (rows) {
-    case 1: return tile<1>(x, K, w, ahead, low, high);
-    case 2: return tile<2>(x, K, w, ahead, low, high);
-    case 3: return tile<3>(x, K, w, ahead, low, high);
-    case 4: return tile<4>(x, K, w, ahead, low, high);
-    case 5: return tile<5>(x, K, w, ahead, low, high);
-    case 6: return tile<6>(x, K, w, ahead, low, high);
-    case 7: return tile<7>(x, K, w, ahead, low, high);
-    default: return tile<8>(x, K, w, ahead, low, high);
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) default: CASE(8)
   }
+#undef CASE
 }
 
+// A part of the panel (kDepth values of k) stays in L1 while the tiles of many rows pass. Sums go on where they stopped, so
+// the order of additions is the same however k is cut.
 template <typename T>
 FASTPPO_INLINE void panel_of(const T* w, const float* bias, int columns, const float* x, int64_t K, float* out, int64_t N,
                              int64_t rows, bool last) {
+  float sums[kRowBlock * kPanel];
+  const int64_t bytes = panel_size(K, sizeof(T) == 2) * sizeof(T), line = sizeof(T) == 2 ? 32 : 64;
+  const int64_t depth = rows <= 2 * kTile ? K : kDepth;
+  for (int64_t k0 = 0; k0 < K; k0 += depth) {
+    const int64_t some = std::min(depth, K - k0);
+    for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
+      const int R = static_cast<int>(std::min<int64_t>(kTile, rows - r0));
+      const int64_t passed = r0 / kTile * line * K + k0 * line;  // of the next panel, fetched by earlier tiles
+      const char* ahead = !last && passed < bytes ? reinterpret_cast<const char*>(w) + bytes + passed : nullptr;
+      tile_of(R, x + r0 * K + k0, K, some, w + k0 * kPanel, ahead, sums + r0 * kPanel, k0 == 0);
+    }
+  }
   float b[kPanel] = {};
   if (bias) std::memcpy(b, bias, columns * sizeof(float));
-  for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
-    const int R = static_cast<int>(std::min<int64_t>(kTile, rows - r0));
-    vec16 low[kTile], high[kTile];
-    const int64_t passed = r0 / kTile * 64 * K;  // bytes of the next panel that earlier tiles have fetched
-    const char* ahead = reinterpret_cast<const char*>(w + K * kPanel) + passed;
-    const bool more = !last && passed < static_cast<int64_t>(K * kPanel * sizeof(T));
-    tile_of(R, x + r0 * K, K, w, more ? ahead : nullptr, low, high);
-    for (int r = 0; r < R; ++r) {
-      float* to = out + (r0 + r) * N;
-      float full[kPanel];
-      float* direct = columns == kPanel ? to : full;
-      store16(direct, low[r] + load16(b));
-      store16(direct + 16, high[r] + load16(b + 16));
-      if (columns != kPanel) std::memcpy(to, full, columns * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = sums + r * kPanel;
+    float* to = out + r * N;
+    if (columns == kPanel) {
+      store16(to, load16(from) + load16(b));
+      store16(to + 16, load16(from + 16) + load16(b + 16));
+    } else {
+      for (int j = 0; j < columns; ++j) to[j] = from[j] + b[j];
     }
   }
 }
@@ -83,65 +131,124 @@ FASTPPO_CLONES void panel(const uint16_t* w, const float* bias, int columns, con
   panel_of(w, bias, columns, x, K, out, N, rows, last);
 }
 
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN stays NaN
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float from_bf16(uint16_t x) {
-  uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+// 32 x 32 weights: read along whichever of n and k is contiguous, written in the panel's order.
+FASTPPO_CLONES void pack_block(const float* from, int64_t n_stride, int64_t k_stride, int columns, int depth, void* to,
+                               bool to_is_bf16) {
+  float block[kPanel][kPanel] = {};  // [k][n]
+  if (n_stride == 1) {
+    for (int k = 0; k < depth; ++k) std::memcpy(block[k], from + k * k_stride, columns * sizeof(float));
+  } else {
+    for (int j = 0; j < columns; ++j) {
+      for (int k = 0; k < depth; ++k) block[k][j] = from[j * n_stride + k * k_stride];
+    }
+  }
+  if (!to_is_bf16) {
+    std::memcpy(to, block, depth * kPanel * sizeof(float));
+    return;
+  }
+  uint16_t* pairs = static_cast<uint16_t*>(to);
+  for (int k = 0; k < kPanel; k += 2) {
+    for (int j = 0; j < kPanel; ++j) {
+      pairs[(k / 2 * kPanel + j) * 2] = to_bf16(block[k][j]);
+      pairs[(k / 2 * kPanel + j) * 2 + 1] = to_bf16(block[k + 1][j]);
+    }
+  }
 }
 
 // Weight (n, k) lies at n * n_stride + k * k_stride: nn.Linear and its transpose, GPT-2's Conv1D.
 void pack(uintptr_t weight, bool from_is_bf16, int64_t n_stride, int64_t k_stride, int64_t N, int64_t K, uintptr_t packed,
           bool to_is_bf16) {
-  auto read = [&](int64_t i) {
-    return from_is_bf16 ? from_bf16(reinterpret_cast<const uint16_t*>(weight)[i]) : reinterpret_cast<const float*>(weight)[i];
-  };
-  parallel_for((N + kPanel - 1) / kPanel, K * kPanel, [&](int64_t begin, int64_t end) {
+  const int64_t size = panel_size(K, to_is_bf16);
+  parallel_for((N + kPanel - 1) / kPanel, size, [&](int64_t begin, int64_t end) {
+    std::vector<float> wide;
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t columns = std::min<int64_t>(kPanel, N - p * kPanel);
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t at = (p * K + k) * kPanel;
-        for (int64_t j = 0; j < kPanel; ++j) {
-          const float w = j < columns ? read((p * kPanel + j) * n_stride + k * k_stride) : 0.0f;
-          if (to_is_bf16) {
-            reinterpret_cast<uint16_t*>(packed)[at + j] = to_bf16(w);
-          } else {
-            reinterpret_cast<float*>(packed)[at + j] = w;
+      const int columns = static_cast<int>(std::min<int64_t>(kPanel, N - p * kPanel));
+      for (int64_t k = 0; k < K; k += kPanel) {
+        const int depth = static_cast<int>(std::min<int64_t>(kPanel, K - k));
+        const int64_t at = p * kPanel * n_stride + k * k_stride;
+        void* to = reinterpret_cast<char*>(packed) + (p * size + k * kPanel) * (to_is_bf16 ? 2 : 4);
+        if (!from_is_bf16) {
+          pack_block(reinterpret_cast<const float*>(weight) + at, n_stride, k_stride, columns, depth, to, to_is_bf16);
+          continue;
+        }
+        wide.resize(kPanel * kPanel);
+        for (int j = 0; j < columns; ++j) {
+          for (int d = 0; d < depth; ++d) {
+            wide[d * kPanel + j] = from_bf16(reinterpret_cast<const uint16_t*>(weight)[at + j * n_stride + d * k_stride]);
           }
         }
+        pack_block(wide.data(), 1, kPanel, columns, depth, to, to_is_bf16);
       }
     }
   });
 }
 
-}  // namespace
+FASTPPO_CLONES void round_row(const float* x, uint16_t* out, int64_t K) {
+  for (int64_t k = 0; k < K; ++k) {
+    uint32_t bits;
+    std::memcpy(&bits, x + k, 4);
+    bits += 0x7fff + ((bits >> 16) & 1);  // x is finite, or the sampler raises on what comes of it
+    out[k] = static_cast<uint16_t>(bits >> 16);
+  }
+}
 
-void packed_linear(const Linear& f, const float* x, float* out, int64_t rows) {
-  const int64_t panels = (f.N + kPanel - 1) / kPanel;
-  parallel_for(panels, rows * f.K * kPanel, [&](int64_t begin, int64_t end) {
-    for (int64_t r0 = 0; r0 < rows; r0 += kRowBlock) {
-      const int64_t some = std::min(kRowBlock, rows - r0);
-      for (int64_t p = begin; p < end; ++p) {
-        const int columns = static_cast<int>(std::min<int64_t>(kPanel, f.N - p * kPanel));
-        const float* bias = f.bias ? f.bias + p * kPanel : nullptr;
-        const float* xs = x + r0 * f.K;
-        float* to = out + r0 * f.N + p * kPanel;
-        const int64_t at = p * f.K * kPanel;
-        if (f.is_bf16) {
-          panel(static_cast<const uint16_t*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some, p + 1 == end);
-        } else {
-          panel(static_cast<const float*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some, p + 1 == end);
+// Panels [begin, end) on AMX tiles: 32 rows x 32 columns at a time. xs: bf16 [rows padded to 16, K padded to 32].
+void amx_panels(const Linear& f, const uint16_t* xs, int64_t K, float* out, int64_t rows, int64_t begin, int64_t end) {
+  amx_begin();
+  alignas(64) float c[4][16 * 16];
+  for (int64_t p = begin; p < end; ++p) {
+    const uint16_t* w = static_cast<const uint16_t*>(f.packed) + p * K * kPanel;
+    const int columns = static_cast<int>(std::min<int64_t>(kPanel, f.N - p * kPanel));
+    for (int64_t r0 = 0; r0 < rows; r0 += 32) {
+      const int strips = rows - r0 > 16 ? 2 : 1;
+      amx_block(xs + r0 * K, K, w, strips, r0 == 0 && p + 1 < end, c);
+      for (int64_t r = r0; r < std::min(rows, r0 + 32); ++r) {
+        for (int half = 0; half < 2; ++half) {
+          const float* from = c[(r - r0) / 16 * 2 + half] + (r - r0) % 16 * 16;
+          float* to = out + r * f.N + p * kPanel + half * 16;
+          const int n = std::min(16, columns - half * 16);
+          for (int j = 0; j < n; ++j) to[j] = from[j] + (f.bias ? f.bias[p * kPanel + half * 16 + j] : 0.0f);
         }
       }
     }
-  });
+  }
+  amx_end();
+}
+
+void panels(const Linear& f, const float* x, float* out, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t r0 = 0; r0 < rows; r0 += kRowBlock) {
+    const int64_t some = std::min(kRowBlock, rows - r0);
+    for (int64_t p = begin; p < end; ++p) {
+      const int columns = static_cast<int>(std::min<int64_t>(kPanel, f.N - p * kPanel));
+      const float* bias = f.bias ? f.bias + p * kPanel : nullptr;
+      const float* xs = x + r0 * f.K;
+      float* to = out + r0 * f.N + p * kPanel;
+      const int64_t at = p * panel_size(f.K, f.is_bf16);
+      if (f.is_bf16) {
+        panel(static_cast<const uint16_t*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some, p + 1 == end);
+      } else {
+        panel(static_cast<const float*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some, p + 1 == end);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void packed_linear(const Linear& f, const float* x, float* out, int64_t rows) {
+  const int64_t n = (f.N + kPanel - 1) / kPanel;
+  if (f.is_bf16 && amx_works()) {
+    static thread_local std::vector<uint16_t> rounded;
+    const int64_t K = panel_size(f.K, true) / kPanel, padded = (rows + 15) / 16 * 16;
+    rounded.assign(padded * K, 0);
+    uint16_t* xs = rounded.data();
+    parallel_for(rows, K, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) round_row(x + r * f.K, xs + r * K, f.K);
+    });
+    parallel_for(n, rows * K * 8, [&](int64_t begin, int64_t end) { amx_panels(f, xs, K, out, rows, begin, end); });
+    return;
+  }
+  parallel_for(n, rows * f.K * kPanel, [&](int64_t begin, int64_t end) { panels(f, x, out, rows, begin, end); });
 }
 
 void bind_packed_linear(pybind11::module_& m) {
@@ -153,6 +260,9 @@ void bind_packed_linear(pybind11::module_& m) {
         packed_linear(linear, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), rows);
       },
       "fastppo/generation/decode_program.py", pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("packed_size", [](int64_t N, int64_t K, bool bf16) { return (N + kPanel - 1) / kPanel * panel_size(K, bf16); },
+        "elements of a packed [N, K] matrix");
+  m.def("amx_works", &amx_works, "whether this processor and kernel have AMX bf16 tiles");
 }
 
 }  // namespace fastppo

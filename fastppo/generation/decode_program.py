@@ -80,7 +80,7 @@ class DecodeProgram:
         half = torch.bfloat16 in (self.weights, weight_KN.dtype)
         if weight_KN.dtype not in (torch.float32, torch.bfloat16):
             weight_KN = weight_KN.float()
-        packed = torch.empty(-(-N // 32) * 32 * K, dtype=torch.bfloat16 if half else torch.float32)
+        packed = torch.empty(extension().packed_size(N, K, half), dtype=torch.bfloat16 if half else torch.float32)
         k_stride, n_stride = weight_KN.stride()
         source = weight_KN.data_ptr(), weight_KN.dtype == torch.bfloat16
         extension().pack_linear(*source, n_stride, k_stride, N, K, packed.data_ptr(), half)
