@@ -27,6 +27,7 @@ from fastppo.kernels.logprob import (
     LogProb,
     check_temperature,
     check_tokens,
+    large_buffer,
     logprob_reference,
     once,
     row_layout,
@@ -82,14 +83,6 @@ def address(x: Tensor | None) -> int:
 def tile_tuple(tile_RC: Tensor, first: int) -> tuple[int, ...]:
     rows, columns = tile_RC.shape
     return (tile_RC.data_ptr(), rows, columns, tile_RC.stride(0), first, DTYPE_CODES[tile_RC.dtype])
-
-
-def large_buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, on 2 MB pages where the CPU can."""
-    made = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and not isinstance(extension(), str):
-        extension().advise_huge_pages(made.data_ptr(), made.nbytes)
-    return made
 
 
 def cpu_new_state(count: int, device: torch.device) -> Tensor:

@@ -107,6 +107,14 @@ class Launcher(NamedTuple):
     backward: Callable  # (logits_NV, dlogits_NV, tokens_N, temperature, stats_N2, entropy_N, g_N, h_N) -> None
 
 
+def large_buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, on 2 MB pages where the CPU can."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and made.nbytes >= 4 * 2**20 and not isinstance(extension(), str):
+        extension().advise_huge_pages(made.data_ptr(), made.nbytes)
+    return made
+
+
 def _new_outputs(tokens_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     made = [tokens_N.new_empty(tokens_N.shape, dtype=torch.float32) for _ in range(2)]
     return *made, tokens_N.new_empty((*tokens_N.shape, 2), dtype=torch.float32)
@@ -185,7 +193,7 @@ class _LogProb(torch.autograd.Function):
             ctx.overwritten = True
             dlogits_NV = logits_NV.detach()
         else:
-            dlogits_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
+            dlogits_NV = large_buffer(*logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
         ctx.launcher.backward(logits_NV, dlogits_NV, tokens_N, ctx.temperature, stats_N2, entropy_N, g_N, h_N)
         if ctx.inplace_backward:
             torch.autograd.graph.increment_version(logits_NV)  # whoever else saved these logits gets an error

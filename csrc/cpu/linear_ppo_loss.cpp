@@ -5,10 +5,6 @@
 #include <array>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "../ops.h"
 #include "half.h"
 #include "logprob_row.h"
@@ -67,20 +63,10 @@ double chunk(const std::array<int64_t, 5>& tile, const std::array<double, 3>& he
   return ppo_loss_finish(total, options);
 }
 
-// Ask for 2 MB pages under a fresh buffer: touching 100 MB in 4 KB pages costs 25,000 page faults, a tenth of a product.
-void advise_huge_pages([[maybe_unused]] uintptr_t address, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 4096;
-  uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing is harmless
-#endif
-}
-
 }  // namespace
 
 void bind_linear_ppo_loss(pybind11::module_& m) {
   m.def("linear_ppo_loss_chunk", &chunk);
-  m.def("advise_huge_pages", &advise_huge_pages);
 }
 
 }  // namespace fastppo
