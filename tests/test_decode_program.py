@@ -1,0 +1,73 @@
+"""The traced forward pass against the model's own, and the packed products against torch's."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, tiny
+
+from fastppo.generation import Generator
+from fastppo.generation.trace import Untraceable, trace
+from fastppo.kernels._backend import extension, missing
+
+pytestmark = pytest.mark.skipif(missing("cpu", torch.device("cpu")) is not None, reason="the extension is not built")
+TRACED = [name for name in ARCHITECTURES if name not in ("mixtral", "qwen2_moe")]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 70, 19), (96, 64, 300)])  # least; nothing divides; blocks of rows
+@pytest.mark.parametrize("transposed", [False, True])
+def test_packed_linear(shape, half, transposed):
+    N, K, M = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(K, N, generator=generator).T if transposed else torch.randn(N, K, generator=generator)
+    x, bias = torch.randn(M, K, generator=generator), torch.randn(N, generator=generator)
+    packed = torch.empty(extension().packed_size(N, K, half), dtype=torch.bfloat16 if half else torch.float32)
+    strides = weight.stride()
+    extension().pack_linear(weight.data_ptr(), False, *strides, N, K, packed.data_ptr(), half)
+    out = torch.empty(M, N)
+
+    def run(x, out):
+        address = packed.data_ptr(), half, bias.data_ptr(), N, K, x.data_ptr(), out.data_ptr(), len(x)
+        extension().packed_linear(*address)
+        return out
+
+    run(x, out)
+    truth = x.double() @ weight.double().T + bias.double()
+    plain = torch.nn.functional.linear(x, weight, bias)
+    if half:
+        plain = torch.nn.functional.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).float()
+    error, allowed = (out - truth).abs().max(), 2 * (plain - truth).abs().max() + 1e-5
+    assert error <= allowed, f"{error} > {allowed}"
+    if not half:  # a row does not depend on the others, in any bit
+        assert torch.equal(run(x[:1].contiguous(), torch.empty(1, N)), out[:1])
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_architectures_are_traced(name):
+    program = trace(tiny(name))
+    assert 0 < program.split < len(program.ops) <= 100
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_what_is_not_traced_says_why(name):
+    with pytest.raises(Untraceable, match="it uses"):
+        trace(tiny(name))
+
+
+def test_forward_hooks_keep_the_model_on_its_own_code():
+    model = tiny("llama")
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(Untraceable, match="forward hooks"):
+        trace(model)
+
+
+def test_bf16_decode_weights_stay_close():
+    model, prompts = tiny("llama", scale=0.5), [torch.tensor([5, 6, 7]), torch.tensor([9])]
+    options = dict(max_new_tokens=8, do_sample=True, top_k=0, seed=0, eos_token_id=None)
+    rollout = Generator(model, decode_weights=torch.bfloat16).generate(prompts, **options)
+    for i, response in enumerate(rollout.responses):
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompts[i], response])[None]).logits[0, len(prompts[i]) - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+        assert (rollout.logprobs_BT[i] - wanted).abs().max() < 0.15
+    with pytest.raises(ValueError, match="decode_weights"):
+        Generator(model, decode_weights=torch.float16)
