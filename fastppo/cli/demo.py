@@ -84,7 +84,7 @@ def make_trainer(options: DemoOptions, model: Any, tokenizer: Any) -> Any:
 
     config = PPOConfig(
         seed=options.seed,
-        learning_rate=5e-4,
+        learning_rate=3e-4,
         batch_size=BATCH,
         mini_batch_size=BATCH // 4,
         ppo_epochs=4,
