@@ -151,3 +151,13 @@ def test_a_wrong_flag_is_answered_with_the_nearest(capsys):
     assert ended.value.code == 2
     said = capsys.readouterr()
     assert "--learning-rate" in said.out + said.err
+
+
+def test_the_readmes_quickstart_runs(place, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = readme.split("## Quickstart")[1].split("```python\n")[1].split("```")[0]
+    assert code.count('"gpt2"') == 2
+    exec(compile(code.replace('"gpt2"', '"model"'), "README.md", "exec"), {})
+    kl, loss = capsys.readouterr().out.splitlines()[-1].split()
+    assert float(kl) == pytest.approx(0.0, abs=1e-4) and float(loss) != 0.0
+    assert (place / "my-policy/model.safetensors").is_file()
