@@ -11,13 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from fastppo import experience, metrics, update
-from fastppo.core import (
-    PPODecorators,
-    convert_to_scalar,
-    set_seed,
-    stack_dicts,
-    stats_to_np,
-)
+from fastppo.core import PPODecorators, convert_to_scalar, set_seed, stack_dicts, stats_to_np
 from fastppo.score import NonFinite, check_finite, restore, shape_scores, snapshot
 from fastppo.trainer import checks, responses, setup, tracking
 from fastppo.trainer.base import BaseTrainer
@@ -128,8 +122,8 @@ class PPOTrainer(BaseTrainer):
         from fastppo.generation import Generator
 
         if id(model) not in self._generators:
-            unwrapped = self.accelerator.unwrap_model(model)
-            self._generators[id(model)] = Generator(unwrapped, self.tokenizer, **self.config.generation)
+            options = self.config.generation
+            self._generators[id(model)] = Generator(self.accelerator.unwrap_model(model), self.tokenizer, **options)
         return self._generators[id(model)]
 
     # --- step ---------------------------------------------------------------------------------------------------------
@@ -165,8 +159,7 @@ class PPOTrainer(BaseTrainer):
         self.kl_ctl.update(stats["objective/kl"], self.config.batch_size * self.accelerator.num_processes)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._rollouts.clear()
-        self._steps_done += 1
+        self._leave_batch()
         stats |= metrics.throughput(batch, clock, self.config.ppo_epochs, self.current_device)
         stats |= self._path.extra_stats(batch, clock) | clock.timing()
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
@@ -189,9 +182,12 @@ class PPOTrainer(BaseTrainer):
     def _abandon(self, why: str) -> dict:
         """A batch that can't be learnt from: stop, or skip it and say so in the statistics."""
         self._guard.report(f"{why} (step {self._steps_done})")
+        self._leave_batch()
+        return {"fastppo/skipped": 1.0, "objective/kl_coef": self.kl_ctl.value}
+
+    def _leave_batch(self) -> None:
         self._rollouts.clear()
         self._steps_done += 1
-        return {"fastppo/skipped": 1.0, "objective/kl_coef": self.kl_ctl.value}
 
     def _push_if_best(self, scores_B) -> None:
         if not hasattr(self, "highest_reward"):
