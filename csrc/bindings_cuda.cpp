@@ -6,7 +6,9 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "cuda/gae.h"
 #include "cuda/launchers.h"
 #include "ops.h"
 
@@ -40,9 +42,19 @@ static void logprob_backward(uintptr_t logits, uintptr_t grads, int dtype, const
   raise_if("logprob", fastppo_logprob_backward(&a, pointer<void>(stream)));
 }
 
+static void gae_from_python(const std::vector<uint64_t>& address, int64_t B, int64_t T, float gamma, float lam, float kl_coef,
+                            int kind, int masked, uint64_t stream) {
+  auto floats = [&](int i) { return reinterpret_cast<float*>(address[i]); };
+  const GAEArgs args = {floats(0), floats(1), floats(2), floats(3), reinterpret_cast<uint8_t*>(address[4]), floats(5),
+                        reinterpret_cast<int32_t*>(address[6]), floats(7), floats(8), floats(9), floats(10),
+                        reinterpret_cast<int*>(address[11]), floats(12), B, T, gamma, lam, kl_coef, kind, masked, false};
+  raise_if("gae", gae_cuda(args, reinterpret_cast<void*>(stream)));
+}
+
 void bind_cuda(pybind11::module_& m) {
   m.def("cuda_logprob_forward", &logprob_forward);
   m.def("cuda_logprob_backward", &logprob_backward);
+  m.def("gae_cuda", &gae_from_python, "as gae, with (work [3, B], ticket, moments) after the outputs, and a stream");
 }
 
 }  // namespace fastppo

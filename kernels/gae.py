@@ -1,52 +1,389 @@
-"""gae: generalized advantage estimation over the tokens of each row, from the last to the first.
+"""Generalized advantage estimation over padded rows or packed sequences, with KL shaping in the same launch on request.
 
-    delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lambda A_{t+1}        return_t = A_t + V_t
+    delta[t]     = reward[t] + gamma * value[t+1] - value[t]
+    advantage[t] = delta[t] + gamma * lam * advantage[t+1]            return[t] = advantage[t] + value[t]
 
-masked "zero": a masked token is a state of value 0 and reward 0 that the scan passes through.
-masked "stop": the scan starts anew after a masked token.   masked "carry": masked tokens are left out of the row.
-Suffixes: B sequences, T tokens. mask_BT is True where a token counts. Schulman et al. 2015, equation 16.
+after the last token value and advantage are 0. Outputs are 0 where mask_BT is False; what a False token is:
+
+    masked="zero"   a state of value 0 and reward 0 that the scan passes through (TRL 0.11.4)
+    masked="stop"   an end: the token before it sees value 0 and advantage 0 after itself
+    masked="carry"  not there: the scan goes from True token to True token (verl, NeMo-RL)
+
+Suffixes: B sequences, T response tokens, N packed tokens. moments_3 = (count, mean, sum of squared distances from the mean)
+of the advantages over the mask: enough to whiten them inside ppo_loss, and exact to add over ranks (`sums`).
+Bound by memory: 9 bytes read (13 when shaping) and 8 written per token. Same bits on every run.
+Schulman et al. 2016, equation 16; the scan's composition rule: Blelloch 1990.
 """
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-MASKED = ("zero", "stop", "carry")
+from fastppo.kernels._backend import extension, pick
+from fastppo.kernels._triton import tl, triton
+from fastppo.kernels.kl_reward import KINDS, check_kind, check_tensors, kl_of, kl_reward_reference, last_true
+
+MASKED = {"zero": 0, "stop": 1, "carry": 2}  # numbers as in csrc/cpu/gae.cpp, csrc/cuda/gae.cu and the Triton kernel
 
 
 class GAE(NamedTuple):
-    advantages_BT: Tensor
-    returns_BT: Tensor
-    sums: Tensor  # float64 [3]: count, sum and sum of squares of the advantages over the mask
+    """advantages and returns: float32, like values. moments_3: (count, mean, squared distances) of the advantages."""
+
+    advantages_BT: torch.Tensor
+    returns_BT: torch.Tensor
+    moments_3: torch.Tensor
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """float64 [3]: count, sum, sum of squares of the advantages over the mask. Add them over ranks or batches."""
+        count, mean, m2 = self.moments_3.double().unbind()
+        return torch.stack((count, count * mean, m2 + count * mean * mean))
 
 
-def gae_reference(rewards_BT, values_BT, mask_BT, *, gamma: float, lam: float, masked: str = "zero") -> GAE:
-    rewards_BT, values_BT = rewards_BT * mask_BT, values_BT * mask_BT
-    advantages = []
-    carried_B = next_value_B = torch.zeros_like(values_BT[:, 0])
+class ShapedGAE(NamedTuple):
+    """As GAE, and kl_B: each sequence's KL summed over its mask."""
+
+    advantages_BT: torch.Tensor
+    returns_BT: torch.Tensor
+    kl_B: torch.Tensor
+    moments_3: torch.Tensor
+
+    sums = GAE.sums
+
+
+@dataclass(frozen=True)
+class ShapedGAEOptions:
+    """Coefficients of the fused KL shaping and GAE."""
+
+    kl_coef: float = 0.2  # weight of the KL penalty
+    gamma: float = 1.0  # discount, in [0, 1]
+    lam: float = 0.95  # lambda, in [0, 1]
+    kind: str = "kl"  # KL estimator, one of kl_reward.KINDS ("full": ref_logprobs holds the KL itself)
+    masked: str = "zero"  # what a False token is: "zero", "stop" or "carry"
+
+
+def whitening(sums_3: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """(mean, 1 / std) float32 [2] from `sums` (added over ranks), for ppo_loss's whiten=. Unbiased variance, as TRL."""
+    count, total, squares = sums_3.unbind()
+    mean = total / count.clamp(min=1)
+    variance = (squares - total * mean).clamp(min=0) / (count - 1).clamp(min=1)
+    return torch.stack((mean, (variance + eps).rsqrt())).float()
+
+
+def gae_reference(rewards_BT, values_BT, mask_BT, gamma, lam, masked="zero") -> GAE:
+    """The definition above, one step at a time, any float dtype."""
+    zero_BT = torch.zeros_like(values_BT)
+    rewards_BT, values_BT = torch.where(mask_BT, rewards_BT, zero_BT), torch.where(mask_BT, values_BT, zero_BT)
+    advantages_BT = torch.zeros_like(values_BT)
+    next_value_B = next_advantage_B = values_BT.new_zeros(len(values_BT))
     for t in reversed(range(values_BT.shape[1])):
-        counts_B = mask_BT[:, t]
-        advantage_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t] + gamma * lam * carried_B
-        if masked != "zero":
-            advantage_B = advantage_B * counts_B
-        advantages.append(advantage_B)
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        advantage_B, value_B = delta_B + gamma * lam * next_advantage_B, values_BT[:, t]
+        if masked == "stop":
+            advantage_B = advantage_B * mask_BT[:, t]
         if masked == "carry":
-            carried_B = torch.where(counts_B, advantage_B, carried_B)
-            next_value_B = torch.where(counts_B, values_BT[:, t], next_value_B)
-        else:
-            carried_B, next_value_B = advantage_B, values_BT[:, t]
-    advantages_BT = torch.stack(advantages[::-1], 1)
+            advantage_B = torch.where(mask_BT[:, t], advantage_B, next_advantage_B)
+            value_B = torch.where(mask_BT[:, t], value_B, next_value_B)
+        advantages_BT[:, t] = next_advantage_B = advantage_B
+        next_value_B = value_B
+    advantages_BT = torch.where(mask_BT, advantages_BT, zero_BT)
     counted = advantages_BT[mask_BT].double()
-    sums = torch.stack([counted.new_tensor(counted.numel()), counted.sum(), (counted**2).sum()])
-    return GAE(advantages_BT, advantages_BT + values_BT, sums)
+    mean = counted.sum() / max(len(counted), 1)
+    moments_3 = torch.stack((mean.new_tensor(len(counted)), mean, ((counted - mean) ** 2).sum()))
+    return GAE(advantages_BT, advantages_BT + values_BT, moments_3)
 
 
-BACKEND_TABLE = {"reference": gae_reference}
+def _pad(x_N, cu_seqlens, fill=0):
+    rows = [x_N[a:b] for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
-def gae(rewards_BT, values_BT, mask_BT, *, gamma, lam, masked="zero", backend=None) -> GAE:
-    """Advantages and returns; raises ValueError when `masked` is none of MASKED."""
-    if masked not in MASKED:
-        raise ValueError(f"gae: masked must be one of {', '.join(MASKED)}; got {masked!r}")
-    return gae_reference(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam, masked=masked)
+def _launch_reference(x: "_Inputs", o: ShapedGAEOptions):
+    mask_BT = x.mask_BT if x.mask_BT is not None else torch.ones_like(x.values_BT, dtype=torch.bool)
+    tensors = [x.values_BT, mask_BT, *(y for y in (x.rewards_BT, x.logprobs_BT, x.ref_BT) if y is not None)]
+    if x.cu_seqlens is not None:
+        mask_N, tensors = mask_BT, [_pad(y, x.cu_seqlens) for y in tensors]
+        in_rows_BT = _pad(torch.ones_like(mask_N), x.cu_seqlens)
+    values_BT, mask_BT, *given = tensors
+    kl_B = None
+    if x.rewards_BT is None:
+        given = given if len(given) == 2 else [given[0], given[0]]
+        full_kl_BT = given[1] if o.kind == "full" else None
+        shaped = kl_reward_reference(*given, mask_BT, x.scores_B, kl_coef=o.kl_coef, kind=o.kind, full_kl_BT=full_kl_BT)
+        given, kl_B = [shaped.rewards_BT], shaped.kl_BT.sum(1)
+    made = gae_reference(given[0], values_BT, mask_BT, o.gamma, o.lam, o.masked)
+    if x.cu_seqlens is None:
+        return *made[:2], kl_B, made.moments_3
+    return made.advantages_BT[in_rows_BT], made.returns_BT[in_rows_BT], kl_B, made.moments_3
+
+
+class _Inputs(NamedTuple):
+    """What every launcher takes: rewards, or log-probs and reference (and scores); cu_seqlens where packed ([N] tensors)."""
+
+    rewards_BT: torch.Tensor | None
+    logprobs_BT: torch.Tensor | None
+    ref_BT: torch.Tensor | None
+    values_BT: torch.Tensor
+    mask_BT: torch.Tensor | None
+    scores_B: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.cu_seqlens) - 1 if self.cu_seqlens is not None else self.values_BT.shape[0]
+
+
+# --- Triton: one program per row, from the row's end; the last program adds the rows' moments in row order ---
+
+
+@triton.jit
+def _after(a2, b2, s2, h2, f2, a1, b1, s1, h1, f1):
+    """Step 1 after step 2 (1 is earlier in time), each a map of what comes from the right:
+
+    advantage = a * advantage + b * next_value + s; next_value = f where h (a value was seen), else as it came.
+    """
+    return a1 * a2, a1 * b2 + b1 * (1.0 - h2), a1 * s2 + b1 * f2 + s1, tl.maximum(h1, h2), f1 + (1.0 - h1) * f2
+
+
+@triton.jit
+def _merge(n1, mean1, m1, n2, mean2, m2):
+    """Moments of two sets together (Chan et al. 1979)."""
+    n = n1 + n2
+    share = n2 / tl.maximum(n, 1.0)
+    away = mean2 - mean1
+    return n, mean1 + away * share, m1 + m2 + away * away * n1 * share
+
+
+@triton.jit
+def _gae_kernel(
+    rewards_BT, logprobs_BT, ref_BT, values_BT, mask_BT, scores_B, cu_seqlens, advantages_BT, returns_BT, kl_B,
+    partials_B3, ticket, moments_3, T, B, gamma, lam, kl_coef,
+    SHAPED: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    at = b.to(tl.int64) * T  # int64: B * T may pass 2**31
+    if PACKED:
+        at = tl.load(cu_seqlens + b).to(tl.int64)
+        T = (tl.load(cu_seqlens + b + 1) - at).to(tl.int32)
+    last = T - 1
+    score = 0.0
+    if SHAPED:
+        score = tl.load(scores_B + b)
+        if HAS_MASK:
+            last = last_true(mask_BT + at, T, BLOCK)
+    advantage_after, value_after, kl_sum, count, mean, m2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for back in range(0, T, BLOCK):
+        t = T - BLOCK - back + tl.arange(0, BLOCK)  # negative before the row's start
+        inside = t >= 0
+        on = inside
+        if HAS_MASK:
+            on = tl.load(mask_BT + at + t, mask=inside, other=0) != 0
+        if SHAPED:
+            d = tl.load(ref_BT + at + t, mask=on, other=0.0)
+            if KIND != 4:
+                d = tl.load(logprobs_BT + at + t, mask=on, other=0.0) - d
+            kl = kl_of(d, KIND)
+            kl_sum += tl.sum(kl)
+            reward = -kl_coef * kl + tl.where(t == last, score, 0.0)
+        else:
+            reward = tl.load(rewards_BT + at + t, mask=on, other=0.0)
+        value = tl.load(values_BT + at + t, mask=on, other=0.0)
+
+        live = inside if MASKED == 0 else on
+        a = tl.where(live, gamma * lam, 0.0 if MASKED == 1 else 1.0)
+        h = tl.where(live, 1.0, 1.0 if MASKED == 1 else 0.0)
+        a, bb, s, h, f = tl.associative_scan(
+            (a, tl.where(live, gamma, 0.0), tl.where(live, reward - value, 0.0), h, value), 0, _after, reverse=True
+        )
+        advantage = a * advantage_after + bb * value_after + s
+        value_after = tl.sum(tl.where(t == T - BLOCK - back, f + (1.0 - h) * value_after, 0.0))
+        advantage_after = tl.sum(tl.where(t == T - BLOCK - back, advantage, 0.0))
+        advantage = tl.where(on, advantage, 0.0)
+        tl.store(advantages_BT + at + t, advantage, mask=inside)
+        tl.store(returns_BT + at + t, advantage + value, mask=inside)
+
+        n = tl.sum(on.to(tl.float32))
+        part = tl.sum(advantage) / tl.maximum(n, 1.0)
+        away = tl.where(on, advantage - part, 0.0)
+        count, mean, m2 = _merge(count, mean, m2, n, part, tl.sum(away * away))
+    if SHAPED:
+        tl.store(kl_B + b, kl_sum)
+    tl.store(partials_B3 + b, count)
+    tl.store(partials_B3 + B + b, mean)
+    tl.store(partials_B3 + 2 * B + b, m2)
+    tl.debug_barrier()
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == B - 1:
+        _add_rows(partials_B3, moments_3, B, BLOCK_B)
+        tl.store(ticket, 0)  # ready for the next launch on this stream
+
+
+@triton.jit
+def _add_rows(partials_B3, moments_3, B, BLOCK_B: tl.constexpr):
+    count, mean, m2 = 0.0, 0.0, 0.0
+    for start in range(0, B, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        n = tl.load(partials_B3 + b, mask=b < B, other=0.0, cache_modifier=".cg")
+        row_mean = tl.load(partials_B3 + B + b, mask=b < B, other=0.0, cache_modifier=".cg")
+        row_m2 = tl.load(partials_B3 + 2 * B + b, mask=b < B, other=0.0, cache_modifier=".cg")
+        part_n = tl.sum(n)
+        part = tl.sum(n * row_mean) / tl.maximum(part_n, 1.0)
+        part_m2 = tl.sum(row_m2 + n * (row_mean - part) * (row_mean - part))
+        count, mean, m2 = _merge(count, mean, m2, part_n, part, part_m2)
+    tl.store(moments_3, count)
+    tl.store(moments_3 + 1, mean)
+    tl.store(moments_3 + 2, m2)
+
+
+# --- launchers: (_Inputs, ShapedGAEOptions) -> advantages, returns, kl_B or None, moments_3 ---
+
+
+@functools.cache
+def _ticket(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def _gpu_outputs(x: _Inputs, stream: int):
+    """advantages, returns, kl_B or None, moments_3, the rows' partial moments, and the stream's counter (0 between launches)."""
+    values_BT, B = x.values_BT, x.rows
+    work = torch.empty(4 * B + 3, dtype=torch.float32, device=values_BT.device)
+    kl_B = None if x.scores_B is None else work[3 * B : 4 * B]
+    moments_3 = work[4 * B :]
+    ticket = _ticket(values_BT.device, stream)
+    return torch.empty_like(values_BT), torch.empty_like(values_BT), kl_B, moments_3, work, ticket
+
+
+def _launch_triton(x: _Inputs, o: ShapedGAEOptions):
+    B, packed = x.rows, x.cu_seqlens is not None
+    device = x.values_BT.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    advantages_BT, returns_BT, kl_B, moments_3, work, ticket = _gpu_outputs(x, stream)
+    if B == 0:
+        return advantages_BT, returns_BT, kl_B, moments_3.zero_()
+    T = 0 if packed else x.values_BT.shape[1]
+    _gae_kernel[(B,)](
+        *x, advantages_BT, returns_BT, kl_B, work, ticket, moments_3, T, B,
+        float(o.gamma), float(o.lam), float(o.kl_coef),
+        SHAPED=x.scores_B is not None, KIND=KINDS[o.kind], MASKED=MASKED[o.masked], HAS_MASK=x.mask_BT is not None,
+        PACKED=packed, BLOCK=1024 if packed else min(1024, max(16, triton.next_power_of_2(T))), BLOCK_B=128,
+    )  # fmt: skip
+    return advantages_BT, returns_BT, kl_B, moments_3
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _launch_cuda(x: _Inputs, o: ShapedGAEOptions, module=None, stream: int | None = None):
+    if stream is None:
+        stream = torch.cuda.current_stream(x.values_BT.device).cuda_stream
+    advantages_BT, returns_BT, kl_B, moments_3, work, ticket = _gpu_outputs(x, stream)
+    if x.rows == 0:
+        return advantages_BT, returns_BT, kl_B, moments_3.zero_()
+    tensors = (*x, advantages_BT, returns_BT, kl_B, work, ticket, moments_3)
+    T = 0 if x.cu_seqlens is not None else x.values_BT.shape[1]
+    (module or extension()).gae_cuda(
+        [_address(y) for y in tensors], x.rows, T, o.gamma, o.lam, o.kl_coef, KINDS[o.kind], MASKED[o.masked], stream
+    )
+    return advantages_BT, returns_BT, kl_B, moments_3
+
+
+def _launch_cpu(x: _Inputs, o: ShapedGAEOptions):
+    values_BT, B = x.values_BT, x.rows
+    advantages_BT, returns_BT = torch.empty_like(values_BT), torch.empty_like(values_BT)
+    kl_B = None if x.scores_B is None else torch.empty(B, dtype=torch.float32)
+    moments_3 = torch.empty(3, dtype=torch.float64)
+    addresses = [_address(y) for y in (*x, advantages_BT, returns_BT, kl_B)]
+    T = 0 if x.cu_seqlens is not None else values_BT.shape[1]
+    extension().gae(addresses, B, T, o.gamma, o.lam, o.kl_coef, KINDS[o.kind], MASKED[o.masked], moments_3.data_ptr())
+    return advantages_BT, returns_BT, kl_B, moments_3
+
+
+BACKEND_TABLE = {"cuda": _launch_cuda, "triton": _launch_triton, "cpu": _launch_cpu, "reference": _launch_reference}
+
+
+def _run(op: str, x: _Inputs, o: ShapedGAEOptions, backend: str | None):
+    """Check what `op` was given and run it."""
+    if o.masked not in MASKED:
+        raise ValueError(f"{op}: masked must be one of {', '.join(MASKED)}; got {o.masked!r}")
+    check_kind(op, o.kind)
+    packed = x.cu_seqlens is not None
+    suffix = "_N" if packed else "_BT"
+    shape, device = x.values_BT.shape, x.values_BT.device
+    if len(shape) != (1 if packed else 2):
+        raise ValueError(f"{op}: values{suffix} must have shape {'(N,)' if packed else '(B, T)'}; got {tuple(shape)}")
+    given = {"rewards": x.rewards_BT, "logprobs": x.logprobs_BT, "ref_logprobs": x.ref_BT, "values": x.values_BT}
+    floats = {name + suffix: y for name, y in given.items() if y is not None}
+    others = {}
+    if x.mask_BT is not None:
+        others["mask" + suffix] = (x.mask_BT, torch.bool, shape)
+    if x.scores_B is not None:
+        others["scores_B"] = (x.scores_B, torch.float32, (x.rows,))
+    if packed:
+        others["cu_seqlens"] = (x.cu_seqlens, torch.int32, (max(x.rows, 0) + 1,))
+    check_tensors(op, shape, device, floats, others)
+    with torch.no_grad():
+        return pick("gae", BACKEND_TABLE, device, backend)(x, o)
+
+
+def gae(
+    rewards_BT: torch.Tensor,
+    values_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    masked: str = "zero",
+    backend: str | None = None,
+) -> GAE:
+    """Return (advantages_BT, returns_BT, moments_3), float32, by the formula at the top of this file.
+
+    rewards_BT, values_BT: contiguous float32 in units of reward. mask_BT: contiguous bool. gamma, lam: in [0, 1].
+    masked: what a False token is. backend: "cuda", "triton", "cpu" or "reference"; None picks the fastest here.
+    Raises ValueError on a wrong shape, dtype, layout or option; RuntimeError if `backend` cannot run here.
+    """
+    x = _Inputs(rewards_BT, None, None, values_BT, mask_BT, None, None)
+    made = _run("gae", x, ShapedGAEOptions(0.0, gamma, lam, "kl", masked), backend)
+    return GAE(made[0], made[1], made[3])
+
+
+def gae_packed(
+    rewards_N: torch.Tensor,
+    values_N: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    mask_N: torch.Tensor | None = None,
+    masked: str = "zero",
+    backend: str | None = None,
+) -> GAE:
+    """gae over sequences that stand one after the other: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
+
+    cu_seqlens: int32 [B + 1], from 0 to N, never falling (not checked: it may live on a GPU). mask_N None: all count.
+    """
+    x = _Inputs(rewards_N, None, None, values_N, mask_N, None, cu_seqlens)
+    made = _run("gae_packed", x, ShapedGAEOptions(0.0, gamma, lam, "kl", masked), backend)
+    return GAE(made[0], made[1], made[3])
+
+
+def shaped_gae(
+    logprobs_BT: torch.Tensor,
+    ref_logprobs_BT: torch.Tensor,
+    values_BT: torch.Tensor,
+    mask_BT: torch.Tensor | None,
+    scores_B: torch.Tensor,
+    options: ShapedGAEOptions,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> ShapedGAE:
+    """kl_reward and gae in one launch: advantages, returns, each sequence's KL and the whitening sums.
+
+    With cu_seqlens (int32 [B + 1]) the tensors are packed [N] instead of [B, T]. mask None: every token counts.
+    The score goes to a sequence's last True token. Otherwise as kl_reward and gae, to the same rounding.
+    """
+    x = _Inputs(None, logprobs_BT, ref_logprobs_BT, values_BT, mask_BT, scores_B, cu_seqlens)
+    return ShapedGAE(*_run("shaped_gae", x, options, backend))

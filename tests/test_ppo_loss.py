@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rooms import MASKS, assert_as_exact_as_torch, make_mask, masks, sizes, trl_numbers
+from rooms import MASKS, assert_as_exact_as_torch, examples, make_mask, masks, sizes, trl_numbers
 
 from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOLossOptions, PPOStats, ppo_loss
 
@@ -48,7 +48,7 @@ def check(backend, device, arguments, options, **kw):
         assert_as_exact_as_torch(name, o, p, t)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(
     N=sizes,
     mask_kind=st.one_of(masks, st.just("no mask")),

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../ops.h"
-#include "simd.h"
+#include "sums.h"
 
 namespace fastppo {
 namespace {
@@ -20,24 +20,6 @@ constexpr int kTerms = kRatioMax + 1;
 
 // Plain loops that the vectoriser turns into each clone's own instructions. (GCC lowers comparisons of vector-extension
 // types to scalars before it makes the clones, and this op is mostly comparisons.)
-FASTPPO_INLINE float exp_scalar(float x) {  // exp16 of simd.h, one lane
-  const float y = x < 88.0f ? (x > -87.33654f ? x : -87.33654f) : 88.0f;
-  const float shifted = y * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return x > -87.33654f ? p * scale : 0.0f;
-}
-
 struct Block {
   const float *logprobs, *values, *entropy, *old_logprobs, *old_values, *advantages, *returns;
   const uint8_t* mask;
@@ -105,37 +87,13 @@ FASTPPO_INLINE void token_terms(const Block& b, int n, const PPOLossOptions& o, 
   }
 }
 
-FASTPPO_INLINE double row_sum(float* row, int n) {
-  for (int i = n; i % 16; ++i) row[i] = 0.0f;
-  vec16 lanes = {};
-  for (int i = 0; i < n; i += 16) lanes += load16(row + i);
-  double sum = 0;
-  for (int i = 0; i < 16; ++i) sum += lanes[i];
-  return sum;
-}
-
-// Sum and sum of squares in double: a variance needs all digits of both. The row ends in zeros.
-FASTPPO_INLINE void row_moments(float* row, int n, double* sums) {
-  typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
-  for (int i = n; i % 8; ++i) row[i] = 0.0f;
-  dvec8 sum = {}, squares = {};
-  for (int i = 0; i < n; i += 8) {
-    const dvec8 x = __builtin_convertvector(*reinterpret_cast<const vec8*>(row + i), dvec8);
-    sum += x;
-    squares += x * x;
-  }
-  for (int i = 0; i < 8; ++i) {
-    sums[0] += sum[i];
-    sums[1] += squares[i];
-  }
-}
-
 FASTPPO_INLINE void add_terms(Terms& t, int n, double* sums) {
   for (int k : {kCount, kPolicyLoss, kValueLoss, kEntropy, kPolicyClipped, kValueClipped, kDualClipped, kApproxKL,
                 kPolicyKL, kRatio, kAdvantage, kValue, kValueError})
     sums[k] += row_sum(t.at[k], n);
   row_moments(t.at[kReturn], n, sums + kReturn);
   row_moments(t.at[kOldValue], n, sums + kOldValue);
+  for (int i = n; i % 16; ++i) t.at[kRatio][i] = 0.0f;
   float most[16] = {};  // sixteen maxima, because the vectoriser does not reorder one (NaN)
   for (int i = 0; i < n; i += 16)
     for (int j = 0; j < 16; ++j) most[j] = t.at[kRatio][i + j] > most[j] ? t.at[kRatio][i + j] : most[j];
