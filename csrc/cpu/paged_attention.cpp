@@ -1,11 +1,9 @@
 // Attention over a paged cache on a CPU: kernels/paged_attention.py has the formula.
 //
 // A work item is one tile of queries of one sequence over one part (kSplit tokens) of its context, or over all of them where
-// the tile has several queries. Inside, chunks of kChunk tokens: scores of all rows (query, head) that share a key/value head,
-// online softmax, values. Every boundary is a multiple of a constant, counted from the sequence's start, and every sum has one
-// order, so a row's bits depend on its own sequence alone, and decode and prefill agree bit for bit.
-// While one phase computes, it prefetches the rows of the next (values of the head, then keys of the next head): rows of
-// one head are KV * D elements apart, which the hardware's prefetcher does not follow.
+// the tile has several queries. Inside, chunks of kChunk tokens: scores of all rows (query, head), online softmax, values.
+// Every boundary is a multiple of a constant, counted from the sequence's start, and every sum has one order, so a row's
+// bits depend on its own sequence alone, and decode and prefill agree bit for bit.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "half.h"
 #include "paged_attention.h"
 #include "simd.h"
 
@@ -21,42 +20,34 @@ namespace {
 
 constexpr int kSplit = 256;  // kernels/paged_attention.py: SPLIT
 constexpr int kChunk = 64;   // divides kSplit
+constexpr int kMaxHead = 256;
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ivec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
-struct bf16 {
-  uint16_t bits;
-};
-struct half {
-  uint16_t bits;
-};
-
-FASTPPO_INLINE vec16 widen_half(ivec16 h) {
-  ivec16 bits = (h & 0x7fff) << 13;
-  vec16 value = reinterpret_cast<vec16&>(bits) * 0x1p112f;  // rebias the exponent; also right for subnormals
-  ivec16 out = reinterpret_cast<ivec16&>(value);
-  ivec16 special = (h & 0x7c00) == 0x7c00;  // inf and NaN
-  out = (special & (bits | 0x7f800000)) | (~special & out);
-  out |= (h & 0x8000) << 16;
-  return reinterpret_cast<vec16&>(out);
-}
-
-FASTPPO_INLINE vec16 wide16(const float* p) { return load16(p); }
-FASTPPO_INLINE vec16 wide16(const bf16* p) { return load16_bf16(&p->bits); }
-FASTPPO_INLINE vec16 wide16(const half* p) {
-  return widen_half(__builtin_convertvector(*reinterpret_cast<const hvec16*>(p), ivec16));
-}
-
 // Eight elements and eight zeros: the last step of a head size that is no multiple of 16, which must not read beyond it.
+#if defined(__clang__) || __GNUC__ >= 12
+typedef uint16_t hvec8 __attribute__((vector_size(16), aligned(2), may_alias));
+FASTPPO_INLINE vec16 wide8(const float* p) {
+  vec8 low = *reinterpret_cast<const vec8*>(p);
+  return __builtin_shufflevector(low, vec8{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+template <typename T>
+FASTPPO_INLINE vec16 wide8(const T* p) {
+  hvec8 low = *reinterpret_cast<const hvec8*>(p);
+  hvec16 all = __builtin_shufflevector(low, hvec8{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return load(reinterpret_cast<const T*>(&all));
+}
+#else
 template <typename T>
 FASTPPO_INLINE vec16 wide8(const T* p) {
   T padded[16] = {};
   std::memcpy(padded, p, 8 * sizeof(T));
-  return wide16(padded);
+  return load(padded);
 }
+#endif
 
 // Lane i + lane i + 8, then i + lane i + 4. GCC 11 and older have no __builtin_shufflevector.
 FASTPPO_INLINE vec4 fold(vec16 v) {
@@ -87,12 +78,17 @@ FASTPPO_INLINE vec4 sum4(vec16 a, vec16 b, vec16 c, vec16 d) {
   return shuffle4(xy, zw, ivec4{0, 1, 4, 5}) + shuffle4(xy, zw, ivec4{2, 3, 6, 7});
 }
 
-FASTPPO_INLINE float sum_of(vec16 v) { return sum4(v, v, v, v)[0]; }
+FASTPPO_INLINE float sum_of(vec16 v) {
+  vec4 f = fold(v);
+  return (f[0] + f[2]) + (f[1] + f[3]);
+}
 
 FASTPPO_INLINE float max_of(vec16 v) {
-  float m = v[0];
-  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  vec4 q[4];
+  std::memcpy(q, &v, sizeof v);
+  vec4 a = q[0] > q[1] ? q[0] : q[1], b = q[2] > q[3] ? q[2] : q[3], m = a > b ? a : b;
+  float x = m[0] > m[1] ? m[0] : m[1], y = m[2] > m[3] ? m[2] : m[3];
+  return x > y ? x : y;
 }
 
 // |x| < 0.625: odd polynomial (Cephes tanhf); else 1 - 2 / (e^2x + 1).
@@ -110,117 +106,181 @@ FASTPPO_INLINE vec16 tanh16(vec16 x) {
   return x < 0.0f ? -t : t;
 }
 
+// The keys or values of a chunk. Tokens are read in order, all heads of a token together, as they lie in memory.
 template <typename T>
-FASTPPO_INLINE void prefetch_row(const T* p, int D) {
-  const char* bytes = reinterpret_cast<const char*>(p);
-  for (int i = 0; i < D * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
-
-// What one phase needs: rows of queries or probabilities, the tokens of a chunk (element offsets), one key/value head.
-template <typename T>
-struct Phase {
-  const T* cache;       // at the head
-  const T* next;        // the next phase's cache at its head, or nullptr
-  const int64_t* at;    // [n] element offset of each token
+struct Tokens {
+  const T* cache;
+  const int64_t* at;  // [n] element offset of each token
+  int begin, n;
+  const T* next;  // what will be read after this chunk: its tokens are prefetched while the last of this one compute
   const int64_t* next_at;
-  int n, next_n, D, padded;  // padded: D rounded up to 16
+  int next_n;
+  int KV, D, padded;  // padded: D rounded up to 16
+
+  // The hardware's prefetcher stops at the end of a 4 KiB page, so rows some tokens ahead are asked for by hand.
+  inline __attribute__((always_inline)) void prefetch(int t, int count, int kv) const {
+    constexpr int kAhead = 8;
+    for (int i = t + kAhead; i < t + kAhead + count; ++i) {
+      const T* row = i < n ? cache + at[i] : i - n < next_n ? next + next_at[i - n] : nullptr;
+      if (!row) return;
+      const char* bytes = reinterpret_cast<const char*>(row + kv * D);
+      for (int byte = 0; byte < D * static_cast<int>(sizeof(T)); byte += 64) __builtin_prefetch(bytes + byte, 0, 3);
+    }
+  }
 };
 
-// s[r][t] = q[r] . k[t] for R rows, 16 / R tokens at a time. Tokens past n repeat the last.
-template <typename T, int R>
-FASTPPO_INLINE void score_rows(const Phase<T>& f, const float* const* q, float* s, bool prefetch) {
-  constexpr int N = 16 / R;
-  const int full = f.D / 16;
-  for (int t = 0; t < f.n; t += N) {
-    const T* k[N];
-    for (int i = 0; i < N; ++i) k[i] = f.cache + f.at[std::min(t + i, f.n - 1)];
-    vec16 sum[16];
-    for (int i = 0; i < 16; ++i) sum[i] = vec16{};
-    for (int d = 0; d < full; ++d) {
-      vec16 a[R];
-      for (int r = 0; r < R; ++r) a[r] = load16(q[r] + 16 * d);
-      for (int i = 0; i < N; ++i) {
-        vec16 b = wide16(k[i] + 16 * d);
-        for (int r = 0; r < R; ++r) sum[r * N + i] += a[r] * b;
-      }
-    }
-    if (f.D % 16) {
-      for (int i = 0; i < N; ++i) {
-        vec16 b = wide8(k[i] + 16 * full);
-        for (int r = 0; r < R; ++r) sum[r * N + i] += load16(q[r] + 16 * full) * b;
-      }
-    }
-    if (prefetch && f.next)
-      for (int i = t; i < std::min(t + N, f.next_n); ++i) prefetch_row(f.next + f.next_at[i], f.D);
-    for (int i = 0; i < 16; i += 4) {
-      vec4 four = sum4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-      float* out = s + i / N * kChunk + t + i % N;
-      if (N >= 4) {
-        *reinterpret_cast<vec4*>(out) = four;
-      } else {  // N == 2 or 1: two or four rows in the vector
-        for (int e = 0; e < 4; ++e) s[(i + e) / N * kChunk + t + (i + e) % N] = four[e];
-      }
+// 32 elements as two vectors. bfloat16 comes apart with a shift and a mask where widening costs four shuffles: even and odd
+// elements, so rows of q and acc that meet bfloat16 keep each full block of 32 in that order (see interleaved).
+template <typename T>
+FASTPPO_INLINE void load_pair(const T* p, vec16* a, vec16* b) {
+  *a = load(p), *b = load(p + 16);
+}
+FASTPPO_INLINE void load_pair(const bf16_t* p, vec16* a, vec16* b) {
+  ivec16 both = *reinterpret_cast<const ivec16*>(p);
+  *a = as_float(both << 16), *b = as_float(both & static_cast<int32_t>(0xffff0000));
+}
+template <typename T>
+constexpr bool interleaved = false;
+template <>
+constexpr bool interleaved<bf16_t> = true;
+
+// s[r][t] = q[r] . k[t] for R rows and N tokens of one head. Tokens past n repeat the last.
+template <typename T, int R, int N>
+FASTPPO_INLINE void score_block(const Tokens<T>& f, const float* q, int t, int kv, float* s) {
+  const int pairs = f.D / 32 * 2, full = f.D / 16;
+  const T* k[N];
+  for (int i = 0; i < N; ++i) k[i] = f.cache + f.at[t + i < f.n ? t + i : f.n - 1] + kv * f.D;
+  vec16 sum[R * N];
+  for (int i = 0; i < R * N; ++i) sum[i] = vec16{};
+  for (int d = 0; d < pairs; d += 2) {
+    vec16 b0[N], b1[N];
+    for (int i = 0; i < N; ++i) load_pair(k[i] + 16 * d, &b0[i], &b1[i]);
+    for (int r = 0; r < R; ++r) {
+      vec16 a0 = load16(q + r * f.padded + 16 * d), a1 = load16(q + r * f.padded + 16 * d + 16);
+      for (int i = 0; i < N; ++i) sum[r * N + i] += a0 * b0[i];
+      for (int i = 0; i < N; ++i) sum[r * N + i] += a1 * b1[i];
     }
   }
+  for (int d = pairs; d < full; ++d) {
+    vec16 a[R];
+    for (int r = 0; r < R; ++r) a[r] = load16(q + r * f.padded + 16 * d);
+    for (int i = 0; i < N; ++i) {
+      vec16 b = load(k[i] + 16 * d);
+      for (int r = 0; r < R; ++r) sum[r * N + i] += a[r] * b;
+    }
+  }
+  if (f.D % 16) {
+    for (int i = 0; i < N; ++i) {
+      vec16 b = wide8(k[i] + 16 * full);
+      for (int r = 0; r < R; ++r) sum[r * N + i] += load16(q + r * f.padded + 16 * full) * b;
+    }
+  }
+  for (int i = 0; i < R * N; i += 4)
+    *reinterpret_cast<vec4*>(s + i / N * kChunk + t + i % N) = sum4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
 }
 
-// acc[r] = acc[r] * alpha[r] + sum_t p[r][t] v[t] for W vectors of 16 dimensions from dimension d; half: 8 dimensions.
+// Scores of all rows; row = kv * rows + r, each `padded` floats of q and kChunk of s.
+template <typename T>
+FASTPPO_INLINE void scores_of(const Tokens<T>& f, const float* q, int rows, float* s) {
+  const int step = rows == 1 ? 8 : 4;
+  for (int t = f.begin & ~7; t < f.n; t += step)
+    for (int kv = 0; kv < f.KV; ++kv) {
+      f.prefetch(t, step, kv);
+      const float* a = q + int64_t(kv) * rows * f.padded;
+      float* out = s + int64_t(kv) * rows * kChunk;
+      int r = 0;
+      if (rows == 1) score_block<T, 1, 8>(f, a, t, kv, out), ++r;
+      for (; r + 4 <= rows; r += 4) score_block<T, 4, 4>(f, a + r * f.padded, t, kv, out + r * kChunk);
+      for (; r + 2 <= rows; r += 2) score_block<T, 2, 4>(f, a + r * f.padded, t, kv, out + r * kChunk);
+      for (; r < rows; ++r) score_block<T, 1, 4>(f, a + r * f.padded, t, kv, out + r * kChunk);
+    }
+}
+
+// acc[r] = acc[r] * alpha[r] + sum_t p[r][t] v[t] over tokens [t, end), W vectors of 16 dimensions (kHalf: 8) from d.
 template <typename T, int R, int W, bool kHalf>
-FASTPPO_INLINE void value_block(const Phase<T>& f, const float* p, const float* alpha, float* const* acc, int d,
-                                int begin, bool prefetch) {
+FASTPPO_INLINE void value_block(const Tokens<T>& f, const float* p, const float* alpha, float* acc, int t, int end, int kv, int d) {
   vec16 sum[R][W];
   for (int r = 0; r < R; ++r)
-    for (int w = 0; w < W; ++w) sum[r][w] = load16(acc[r] + d + 16 * w) * alpha[r];
-  for (int t = begin; t < f.n; ++t) {
-    const T* v = f.cache + f.at[t] + d;
-    if (prefetch && t < f.next_n) prefetch_row(f.next + f.next_at[t], f.D);
-    for (int w = 0; w < W; ++w) {
-      vec16 b = kHalf ? wide8(v) : wide16(v + 16 * w);
-      for (int r = 0; r < R; ++r) sum[r][w] += b * p[r * kChunk + t];
+    for (int w = 0; w < W; ++w) sum[r][w] = load16(acc + r * f.padded + d + 16 * w) * (alpha ? alpha[r] : 1.0f);
+  for (; t < end; ++t) {
+    const T* v = f.cache + f.at[t] + kv * f.D + d;
+    vec16 b[W];
+    if (kHalf) {
+      b[0] = wide8(v);
+    } else if (W == 1) {
+      b[0] = load(v);
+    } else {
+      for (int w = 0; w + 1 < W; w += 2) load_pair(v + 16 * w, &b[w], &b[w + 1]);
     }
+    for (int w = 0; w < W; ++w)
+      for (int r = 0; r < R; ++r) sum[r][w] += b[w] * p[r * kChunk + t];
   }
   for (int r = 0; r < R; ++r)
-    for (int w = 0; w < W; ++w) store16(acc[r] + d + 16 * w, sum[r][w]);
+    for (int w = 0; w < W; ++w) store16(acc + r * f.padded + d + 16 * w, sum[r][w]);
 }
 
 template <typename T, int R>
-FASTPPO_INLINE void value_rows(const Phase<T>& f, const float* p, const float* alpha, float* const* acc, int begin,
-                               bool prefetch) {
+FASTPPO_INLINE void value_rows(const Tokens<T>& f, const float* p, const float* alpha, float* acc, int t, int end, int kv) {
   constexpr int W = R == 1 ? 8 : 4;
   int d = 0;
-  prefetch = prefetch && f.next;
-  for (; d + 16 * W <= f.D; d += 16 * W, prefetch = false) value_block<T, R, W, false>(f, p, alpha, acc, d, begin, prefetch);
-  for (; d + 32 <= f.D; d += 32, prefetch = false) value_block<T, R, 2, false>(f, p, alpha, acc, d, begin, prefetch);
-  for (; d + 16 <= f.D; d += 16, prefetch = false) value_block<T, R, 1, false>(f, p, alpha, acc, d, begin, prefetch);
-  if (d < f.D) value_block<T, R, 1, true>(f, p, alpha, acc, d, begin, prefetch);
+  for (; d + 16 * W <= f.D; d += 16 * W) value_block<T, R, W, false>(f, p, alpha, acc, t, end, kv, d);
+  for (; d + 32 <= f.D; d += 32) value_block<T, R, 2, false>(f, p, alpha, acc, t, end, kv, d);
+  for (; d + 16 <= f.D; d += 16) value_block<T, R, 1, false>(f, p, alpha, acc, t, end, kv, d);
+  if (d < f.D) value_block<T, R, 1, true>(f, p, alpha, acc, t, end, kv, d);
 }
 
 template <typename T>
-FASTPPO_INLINE void scores_of(const Phase<T>& f, const float* const* q, int rows, float* s) {
-  int r = 0;
-  for (; r + 4 <= rows; r += 4) score_rows<T, 4>(f, q + r, s + r * kChunk, r == 0);
-  for (; r + 2 <= rows; r += 2) score_rows<T, 2>(f, q + r, s + r * kChunk, r == 0);
-  for (; r < rows; ++r) score_rows<T, 1>(f, q + r, s + r * kChunk, r == 0);
-}
-
-template <typename T>
-FASTPPO_INLINE void values_of(const Phase<T>& f, const float* p, const float* alpha, float* const* acc, int rows, int begin) {
-  int r = 0;
-  for (; r + 4 <= rows; r += 4) value_rows<T, 4>(f, p + r * kChunk, alpha + r, acc + r, begin, r == 0);
-  for (; r + 2 <= rows; r += 2) value_rows<T, 2>(f, p + r * kChunk, alpha + r, acc + r, begin, r == 0);
-  for (; r < rows; ++r) value_rows<T, 1>(f, p + r * kChunk, alpha + r, acc + r, begin, r == 0);
+FASTPPO_INLINE void values_of(const Tokens<T>& f, const float* p, const float* alpha, float* acc, int rows) {
+  constexpr int kStep = 8;
+  for (int t = f.begin; t < f.n; t += kStep)
+    for (int kv = 0; kv < f.KV; ++kv) {
+      f.prefetch(t, kStep, kv);
+      int end = t + kStep < f.n ? t + kStep : f.n, r = 0;
+      const int64_t row = int64_t(kv) * rows;
+      for (; r + 4 <= rows; r += 4)
+        value_rows<T, 4>(f, p + (row + r) * kChunk, t == f.begin ? alpha + row + r : nullptr, acc + (row + r) * f.padded, t, end, kv);
+      for (; r < rows; ++r)
+        value_rows<T, 1>(f, p + (row + r) * kChunk, t == f.begin ? alpha + row + r : nullptr, acc + (row + r) * f.padded, t, end, kv);
+    }
 }
 
 // target_clones does not take templates: one pair of functions per cache dtype.
-#define FASTPPO_PHASES(T)                                                                                                  \
-  FASTPPO_CLONES void scores(const Phase<T>& f, const float* const* q, int rows, float* s) { scores_of(f, q, rows, s); }   \
-  FASTPPO_CLONES void values(const Phase<T>& f, const float* p, const float* alpha, float* const* acc, int rows, int begin) { \
-    values_of(f, p, alpha, acc, rows, begin);                                                                              \
+#define FASTPPO_PHASES(T)                                                                                      \
+  FASTPPO_CLONES void scores(const Tokens<T>& f, const float* q, int rows, float* s) { scores_of(f, q, rows, s); } \
+  FASTPPO_CLONES void values(const Tokens<T>& f, const float* p, const float* alpha, float* acc, int rows) {       \
+    values_of(f, p, alpha, acc, rows);                                                                         \
   }
 FASTPPO_PHASES(float)
-FASTPPO_PHASES(bf16)
-FASTPPO_PHASES(half)
+FASTPPO_PHASES(bf16_t)
+FASTPPO_PHASES(fp16_t)
 #undef FASTPPO_PHASES
+
+// n elements between a float row and an array of any dtype.
+template <typename T>
+FASTPPO_INLINE void widen_of(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store16(to + i, load(from + i));
+  if (i < n) store_part(to + i, load_part(from + i, n - i), n - i);
+}
+
+template <typename T>
+FASTPPO_INLINE void narrow_of(const float* from, float factor, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(to + i, load16(from + i) * factor);
+  if (i < n) store_part(to + i, load_part(from + i, n - i) * factor, n - i);
+}
+
+FASTPPO_CLONES void widen(const void* base, int dtype, int64_t at, int64_t n, float* to) {
+  if (dtype == kFloat32) widen_of(static_cast<const float*>(base) + at, n, to);
+  if (dtype == kBFloat16) widen_of(static_cast<const bf16_t*>(base) + at, n, to);
+  if (dtype == kFloat16) widen_of(static_cast<const fp16_t*>(base) + at, n, to);
+}
+
+FASTPPO_CLONES void narrow(const float* from, float factor, int64_t n, int dtype, void* base, int64_t at) {
+  if (dtype == kFloat32) narrow_of(from, factor, n, static_cast<float*>(base) + at);
+  if (dtype == kBFloat16) narrow_of(from, factor, n, static_cast<bf16_t*>(base) + at);
+  if (dtype == kFloat16) narrow_of(from, factor, n, static_cast<fp16_t*>(base) + at);
+}
 
 struct SoftmaxArgs {
   float scale, softcap;
@@ -230,13 +290,16 @@ struct SoftmaxArgs {
 // Turns s into e^(s - max), zero outside [lo, hi); updates the running maximum and sum. Returns the factor of what came before.
 FASTPPO_CLONES float softmax_row(float* s, const SoftmaxArgs& a, float* max, float* sum) {
   const int first = a.lo & ~15, end = (a.hi + 15) & ~15;
-  vec16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, none = splat(kNegInf), top = none;
+  const vec16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, none = splat(kNegInf);
+  vec16 top = none;
   for (int t = first; t < end; t += 16) {
     vec16 x = load16(s + t) * a.scale;
     if (a.softcap > 0) x = tanh16(x / a.softcap) * a.softcap;
-    vec16 at = lane + static_cast<float>(t);
-    x = at < static_cast<float>(a.hi) ? x : none;
-    x = at >= static_cast<float>(a.lo) ? x : none;
+    if (t < a.lo || t + 16 > a.hi) {
+      vec16 at = lane + static_cast<float>(t);
+      x = at < static_cast<float>(a.hi) ? x : none;
+      x = at >= static_cast<float>(a.lo) ? x : none;
+    }
     store16(s + t, x);
     top = max16(x, top);
   }
@@ -261,53 +324,6 @@ FASTPPO_CLONES void merge_row(float* acc, const float* part, int padded, float* 
   for (int d = 0; d < padded; d += 16) store16(acc + d, load16(acc + d) * keep + load16(part + d) * add);
   *sum = *sum * keep + part_sum * add;
   *max = now;
-}
-
-inline uint16_t to_bf16(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  if (x != x) return static_cast<uint16_t>(u >> 16 | 0x40);
-  return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
-// Round to nearest even, by hand: subnormals, overflow to infinity, NaN.
-inline uint16_t to_half(float x) {
-  uint32_t u, sign;
-  std::memcpy(&u, &x, 4);
-  sign = u >> 16 & 0x8000, u &= 0x7fffffff;
-  if (u > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (u >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
-  if (u < 0x38800000) {  // subnormal in half: the float adder does the rounding
-    float y, magic = 0.5f;
-    std::memcpy(&y, &u, 4);
-    y += magic;
-    std::memcpy(&u, &y, 4);
-    return static_cast<uint16_t>(sign | (u - 0x3f000000));
-  }
-  return static_cast<uint16_t>(sign | ((u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13));
-}
-
-inline float from_bits(const void* p, int dtype, int64_t i) {
-  if (dtype == 0) return static_cast<const float*>(p)[i];
-  uint32_t h = static_cast<const uint16_t*>(p)[i], u = h << 16;
-  if (dtype == 2) {
-    u = (h & 0x7fff) << 13;
-    float y;
-    std::memcpy(&y, &u, 4);
-    y *= 0x1p112f;
-    std::memcpy(&u, &y, 4);
-    if ((h & 0x7c00) == 0x7c00) u = (h & 0x7fff) << 13 | 0x7f800000;
-    u |= (h & 0x8000) << 16;
-  }
-  float y;
-  std::memcpy(&y, &u, 4);
-  return y;
-}
-
-inline void to_bits(void* p, int dtype, int64_t i, float x) {
-  if (dtype == 0) static_cast<float*>(p)[i] = x;
-  if (dtype == 1) static_cast<uint16_t*>(p)[i] = to_bf16(x);
-  if (dtype == 2) static_cast<uint16_t*>(p)[i] = to_half(x);
 }
 
 struct Job {
@@ -342,8 +358,6 @@ struct Rows {  // running softmax of some rows
 
 struct Scratch {
   std::vector<float> q, s, alpha, part, whole;
-  std::vector<const float*> q_rows;
-  std::vector<float*> acc_rows;
   static Rows rows_in(std::vector<float>& buffer, int64_t rows, int padded) {
     buffer.resize(rows * (padded + 2));
     return {buffer.data(), buffer.data() + rows * padded, buffer.data() + rows * (padded + 1)};
@@ -403,78 +417,76 @@ class Worker {
   }
 
   void load_queries(const Item& item) {
-    const int64_t rows = item.count * j.H;
-    s.q.assign(rows * j.padded, 0.0f), s.q_rows.resize(rows), s.acc_rows.resize(rows);
+    s.q.assign(item.count * j.H * j.padded, 0.0f);
+    float row[kMaxHead];
     for (int64_t i = 0; i < item.count; ++i)
       for (int64_t h = 0; h < j.H; ++h) {
         float* to = s.q.data() + row_of(item, i, h) * j.padded;
-        int64_t from = (item.query + i) * j.q_token + h * j.q_head;
-        if (j.q_dtype == 0) std::memcpy(to, static_cast<const float*>(j.q) + from, j.D * 4);
-        for (int64_t d = 0; j.q_dtype && d < j.D; ++d) to[d] = from_bits(j.q, j.q_dtype, from + d);
+        widen(j.q, j.q_dtype, (item.query + i) * j.q_token + h * j.q_head, j.D, interleaved<T> ? row : to);
+        for (int64_t d = 0; interleaved<T> && d < j.D; ++d) to[place(d)] = row[d];
       }
-    for (int64_t r = 0; r < rows; ++r) s.q_rows[r] = s.q.data() + r * j.padded;
   }
 
   void write(const Item& item, Rows done) const {
+    float row[kMaxHead];
     for (int64_t i = 0; i < item.count; ++i)
       for (int64_t h = 0; h < j.H; ++h) {
-        int64_t r = row_of(item, i, h), to = ((item.query + i) * j.H + h) * j.D;
+        int64_t r = row_of(item, i, h);
         float inverse = done.sum[r] > 0 ? 1.0f / done.sum[r] : 0.0f;
         const float* acc = done.acc + r * j.padded;
-        for (int64_t d = 0; d < j.D; ++d) to_bits(j.out, j.q_dtype, to + d, acc[d] * inverse);
+        for (int64_t d = 0; interleaved<T> && d < j.D; ++d) row[d] = acc[place(d)];
+        narrow(interleaved<T> ? row : acc, inverse, j.D, j.q_dtype, j.out, ((item.query + i) * j.H + h) * j.D);
       }
   }
 
+  // Where dimension d lies in an interleaved row.
+  int64_t place(int64_t d) const { return d < j.D / 32 * 32 ? d / 32 * 32 + d % 2 * 16 + d % 32 / 2 : d; }
+
   int64_t first_visible(int64_t position) const { return j.window ? std::max<int64_t>(0, position - j.window + 1) : 0; }
 
-  void offsets(int64_t b, int64_t begin, int n, int64_t* at) const {
+  // Element offsets of the tokens of the chunk at c; returns how many there are. Tokens before `begin` are never
+  // looked at (a page before the window may be gone): they repeat the first that is.
+  int offsets(int64_t b, int64_t c, int64_t begin, int64_t end, int64_t* at) const {
     const int32_t* table = j.tables + b * j.M;
+    int n = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(kChunk, end - c)));
     for (int t = 0; t < n; ++t) {
-      int64_t token = begin + t;
+      int64_t token = std::max(begin, c + t);
       at[t] = (int64_t(table[token / j.block]) * j.block + token % j.block) * j.KV * j.D;
     }
+    return n;
   }
 
   void attend(const Item& item, int part, Rows state) {
     const int rows = static_cast<int>(item.count * group);
-    for (int64_t r = 0; r < item.count * j.H; ++r) s.acc_rows[r] = state.acc + r * j.padded;
-    s.s.resize(rows * kChunk), s.alpha.resize(rows);
-    int64_t end = std::min<int64_t>(int64_t(part + 1) * kSplit, item.position + item.count);
-    int64_t begin = std::max<int64_t>(int64_t(part) * kSplit, first_visible(item.position));
+    s.s.resize(j.KV * rows * kChunk), s.alpha.resize(j.KV * rows);
+    const int64_t end = std::min<int64_t>(int64_t(part + 1) * kSplit, item.position + item.count);
+    const int64_t begin = std::max<int64_t>(int64_t(part) * kSplit, first_visible(item.position));
+    const T *k = static_cast<const T*>(j.k), *v = static_cast<const T*>(j.v);
+    const int KV = static_cast<int>(j.KV), D = static_cast<int>(j.D);
     int64_t at[2][kChunk];
-    auto length = [&](int64_t c) { return static_cast<int>(std::min<int64_t>(kChunk, end - c)); };
-    int64_t c = begin / kChunk * kChunk;
     int side = 0;
-    if (c < end) offsets(item.b, std::max(c, begin), length(c) - int(std::max(c, begin) - c), at[0] + (std::max(c, begin) - c));
+    int64_t c = begin / kChunk * kChunk;
+    int n = offsets(item.b, c, begin, end, at[0]);
     for (; c < end; c += kChunk, side ^= 1) {
-      int n = length(c), skip = static_cast<int>(std::max(begin, c) - c), next_n = 0;
-      if (c + kChunk < end) offsets(item.b, c + kChunk, next_n = length(c + kChunk), at[side ^ 1]);
-      for (int i = 0; i < skip; ++i) at[side][i] = at[side][skip];  // never looked at: a page before the window may be gone
-      for (int64_t kv = 0; kv < j.KV; ++kv) {
-        bool last = kv + 1 == j.KV;
-        const T* k = static_cast<const T*>(j.k) + kv * j.D;
-        const T* v = static_cast<const T*>(j.v) + kv * j.D;
-        Phase<T> keys{k, v, at[side], at[side], n, n, int(j.D), j.padded};
-        const T* next = last ? static_cast<const T*>(j.k) : k + j.D;
-        Phase<T> vals{v, last && !next_n ? nullptr : next, at[side], at[side ^ last], n, last ? next_n : n, int(j.D), j.padded};
-        scores(keys, &s.q_rows[kv * rows], rows, s.s.data());
-        for (int r = 0; r < rows; ++r) softmax(item, c, n, kv, r, state);
-        values(vals, s.s.data(), s.alpha.data(), &s.acc_rows[kv * rows], rows, skip);
-      }
+      int skip = static_cast<int>(std::max(begin, c) - c), next_n = offsets(item.b, c + kChunk, begin, end, at[side ^ 1]);
+      scores(Tokens<T>{k, at[side], skip, n, v + 0, at[side], n, KV, D, j.padded}, s.q.data(), rows, s.s.data());
+      for (int kv = 0; kv < KV; ++kv)
+        for (int r = 0; r < rows; ++r) softmax(item, c, n, kv * rows + r, r, state);
+      values(Tokens<T>{v, at[side], skip, n, k, at[side ^ 1], next_n, KV, D, j.padded}, s.s.data(), s.alpha.data(), state.acc, rows);
+      n = next_n;
     }
   }
 
-  void softmax(const Item& item, int64_t c, int n, int64_t kv, int r, Rows state) {
+  void softmax(const Item& item, int64_t c, int n, int row, int r, Rows state) {
     int64_t position = item.position + r / group;
     SoftmaxArgs args{j.scale, j.softcap, static_cast<int>(std::max<int64_t>(0, first_visible(position) - c)),
                      static_cast<int>(std::min<int64_t>(n, position + 1 - c))};
-    float* row = s.s.data() + r * kChunk;
-    int64_t at = kv * item.count * group + r;
-    s.alpha[r] = 1.0f;
+    float* p = s.s.data() + int64_t(row) * kChunk;
+    s.alpha[row] = 1.0f;
     if (args.lo < args.hi) {
-      s.alpha[r] = softmax_row(row, args, state.max + at, state.sum + at);
+      s.alpha[row] = softmax_row(p, args, state.max + row, state.sum + row);
     } else {
-      std::fill(row, row + kChunk, 0.0f);
+      std::fill(p, p + kChunk, 0.0f);
     }
   }
 
@@ -545,8 +557,8 @@ void paged_attention(uintptr_t q, int64_t q_token, int64_t q_head, int q_dtype, 
           static_cast<float>(scale), static_cast<float>(softcap), window, static_cast<int>((D + 15) / 16 * 16)};
   pybind11::gil_scoped_release release;
   if (cache_dtype == 0) run<float>(job);
-  if (cache_dtype == 1) run<bf16>(job);
-  if (cache_dtype == 2) run<half>(job);
+  if (cache_dtype == 1) run<bf16_t>(job);
+  if (cache_dtype == 2) run<fp16_t>(job);
 }
 
 void cache_write(uintptr_t k, uintptr_t v, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, int dtype,
@@ -560,7 +572,8 @@ void cache_write(uintptr_t k, uintptr_t v, int64_t k_token, int64_t k_head, int6
       if (dtype == cache_dtype) {
         std::memcpy(to, from, D * in);
       } else {
-        for (int64_t d = 0; d < D; ++d) to_bits(to, cache_dtype, d, from_bits(from, dtype, d));
+        float row[kMaxHead];
+        widen(from, dtype, 0, D, row), narrow(row, 1.0f, D, cache_dtype, to, 0);
       }
     }
   };
