@@ -30,9 +30,7 @@ def decode(B, T, KV, H, D, dtype, options):
     scale = D**-0.5
     dense = [c.view(B, T, KV, D).transpose(1, 2).contiguous() for c in (k_cache, v_cache)]
     fns = {
-        name: lambda name=name: paged_attention(
-            q_BHD, k_cache, v_cache, tables_BM, lens_B, scale=scale, backend=name
-        )
+        name: lambda name=name: paged_attention(q_BHD, k_cache, v_cache, tables_BM, lens_B, scale=scale, backend=name)
         for name in able(options.device)
     }
     fns["sdpa dense"] = lambda: torch.nn.functional.scaled_dot_product_attention(
@@ -41,7 +39,16 @@ def decode(B, T, KV, H, D, dtype, options):
     medians = compare(fns, rounds=options.rounds, device=options.device, cold=options.device.type == "cuda")
     bytes = 2 * B * T * KV * D * k_cache.element_size()
     shape = f"{B} x {T}, kv {KV}, heads {H}, {D}"
-    report("paged_attention", shape, dtype, medians, device=options.device, bytes=bytes, baseline="sdpa dense", csv=options.csv)
+    report(
+        "paged_attention",
+        shape,
+        dtype,
+        medians,
+        device=options.device,
+        bytes=bytes,
+        baseline="sdpa dense",
+        csv=options.csv,
+    )
 
 
 def tiny(options):
@@ -52,7 +59,15 @@ def tiny(options):
     attend = call_us(lambda: paged_attention(q_BHD, k_cache, v_cache, tables_BM, lens_B, scale=1.0))
     write = call_us(lambda: cache_write(k_BKD, k_BKD, k_cache, v_cache, slots_B))
     medians = {"paged_attention": attend / 1e3, "cache_write": write / 1e3}
-    report("paged_attention", "32 x 64, kv 4, heads 8, 8", torch.float32, medians, device=options.device, csv=options.csv, note="one call")
+    report(
+        "paged_attention",
+        "32 x 64, kv 4, heads 8, 8",
+        torch.float32,
+        medians,
+        device=options.device,
+        csv=options.csv,
+        note="one call",
+    )
 
 
 if __name__ == "__main__":

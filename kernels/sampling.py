@@ -28,6 +28,7 @@ import torch
 
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels._philox import uniforms
+from fastppo.kernels._sampling_triton import sampling_kernel
 
 TILE = 1024  # the same on every back end: it is part of the map from random numbers to tokens
 BAD_NUMBER, NOTHING_LEFT, BAD_HISTORY = -1, -2, -3  # what tokens_B holds in a row that cannot be sampled
@@ -133,7 +134,7 @@ def sampling_reference(logits_BV, seeds_B, positions_B, options, history=None, b
         z_BV = y_BV / options.temperature
         log_p_BV = z_BV.masked_fill(~kept_reference(z_BV, options), -math.inf).log_softmax(dim=1)
         u_tile_B, u_token_B = uniforms(seeds_B, positions_B)
-        p_BNK = torch.nn.functional.pad(log_p_BV.exp(), (0, -V % TILE)).view(B, -1, TILE)
+        p_BNK = torch.nn.functional.pad(log_p_BV.exp(), (0, -V % TILE)).unflatten(1, (-1, TILE))
         tile_B = _first_above(p_BNK.sum(dim=2), u_tile_B).clamp(max=p_BNK.shape[1] - 1)
         inside_B = _first_above(p_BNK[torch.arange(B, device=tile_B.device), tile_B], u_token_B)
         tokens_B = (tile_B * TILE + inside_B).clamp(max=V - 1)
@@ -191,7 +192,58 @@ def _sampling_cpu(logits_BV, seeds_B, positions_B, options, history=None, banned
     )
 
 
-BACKEND_TABLE: dict[str, Callable] = {"cpu": _sampling_cpu, "reference": sampling_reference}
+def _adjusted_on_gpu(logits_BV, options, history, banned):
+    """(y_BV, rows whose history is wrong): a float32 copy with penalty and bans, or the logits themselves without either."""
+    if history is None and banned is None:
+        return logits_BV, None
+    outside_B = None
+    if history is not None:
+        outside_B = (history[1] & ((history[0] < 0) | (history[0] >= logits_BV.shape[1]))).any(dim=1)
+    return adjusted_logits_reference(logits_BV.float(), options, history, banned), outside_B
+
+
+def _sampling_triton(logits_BV, seeds_B, positions_B, options, history=None, banned=None):
+    logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
+    B, V = logits_BV.shape
+    y_BV, outside_B = _adjusted_on_gpu(logits_BV, options, history, banned)
+    tokens_B = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
+    numbers_3B = torch.empty(3, B, device=logits_BV.device)
+    if B:
+        tiles = -(-V // TILE)
+        sampling_kernel[(B,)](
+            logits_BV,
+            y_BV,
+            seeds_B.contiguous(),
+            positions_B.contiguous(),
+            tokens_B,
+            numbers_3B,
+            B,
+            V,
+            logits_BV.stride(0),
+            y_BV.stride(0),
+            1.0 if options.greedy else 1.0 / options.temperature,
+            1.0 / options.logprob_temperature,
+            float(min(options.top_k, V)),
+            options.top_p,
+            math.log(options.min_p) * options.temperature if options.min_p > 0 else -math.inf,
+            GREEDY=options.greedy,
+            TOP_K=0 < options.top_k < V,
+            TOP_P=options.top_p < 1,
+            TILE=TILE,
+            TILES=1 << (tiles - 1).bit_length(),
+            num_warps=8,
+        )
+    return _with_bad_history(Sample(tokens_B, *numbers_3B), outside_B)
+
+
+def _with_bad_history(out, outside_B):
+    if outside_B is None:
+        return out
+    tokens_B = torch.where(outside_B & (out.tokens_B != BAD_NUMBER), BAD_HISTORY, out.tokens_B)
+    return Sample(tokens_B, *(x.masked_fill(tokens_B < 0, math.nan) for x in out[1:]))
+
+
+BACKEND_TABLE: dict[str, Callable] = {"triton": _sampling_triton, "cpu": _sampling_cpu, "reference": sampling_reference}
 
 
 def raise_on_bad_rows(sample: Sample) -> Sample:
