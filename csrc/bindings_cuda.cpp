@@ -14,6 +14,17 @@
 
 namespace fastppo {
 
+const char* sampling_cuda(uintptr_t x, int dtype, int64_t x_stride, uintptr_t y, int64_t y_stride, int64_t B, int64_t V,
+                          uintptr_t seeds, uintptr_t positions, float temperature, int64_t top_k, float top_p,
+                          float log_min_p, float logprob_temperature, uintptr_t tokens, uintptr_t numbers_3B, uintptr_t stream);
+const char* paged_attention_cuda(uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, uintptr_t v, int dtype,
+                                 uintptr_t tables, int64_t M, uintptr_t lens, uintptr_t out, uintptr_t workspace, int64_t B,
+                                 int64_t H, int64_t KV, int64_t D, int64_t block, float scale, int64_t window, float softcap,
+                                 uintptr_t stream);
+const char* cache_write_cuda(uintptr_t k, uintptr_t v, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,
+                             int dtype, uintptr_t k_cache, uintptr_t v_cache, uintptr_t slots, int64_t N, int64_t KV, int64_t D,
+                             uintptr_t stream);
+
 // A launcher returns nullptr or the error's text.
 static void raise_if(const char* op, const char* error) {
   if (error) throw std::runtime_error(std::string(op) + ": CUDA says: " + error);
@@ -51,10 +62,18 @@ static void gae_from_python(const std::vector<uint64_t>& address, int64_t B, int
   raise_if("gae", gae_cuda(args, reinterpret_cast<void*>(stream)));
 }
 
+template <typename... Args>
+static auto checked(const char* op, const char* (*launcher)(Args...)) {
+  return [=](Args... args) { raise_if(op, launcher(args...)); };
+}
+
 void bind_cuda(pybind11::module_& m) {
   m.def("cuda_logprob_forward", &logprob_forward);
   m.def("cuda_logprob_backward", &logprob_backward);
   m.def("gae_cuda", &gae_from_python, "as gae, with (work [3, B], ticket, moments) after the outputs, and a stream");
+  m.def("sampling_cuda", checked("sampling", &sampling_cuda));
+  m.def("paged_attention_cuda", checked("paged_attention", &paged_attention_cuda));
+  m.def("cache_write_cuda", checked("cache_write", &cache_write_cuda));
 }
 
 }  // namespace fastppo

@@ -236,6 +236,41 @@ def _sampling_triton(logits_BV, seeds_B, positions_B, options, history=None, ban
     return _with_bad_history(Sample(tokens_B, *numbers_3B), outside_B)
 
 
+def sampling_cuda_on(module, stream, logits_BV, seeds_B, positions_B, options, history=None, banned=None):
+    """Launch the CUDA kernel of `module`: the extension's, or in tests the same source compiled for the CPU."""
+    logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
+    B, V = logits_BV.shape
+    y_BV, outside_B = _adjusted_on_gpu(logits_BV, options, history, banned)
+    seeds_B, positions_B = seeds_B.contiguous(), positions_B.contiguous()
+    tokens_B = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
+    numbers_3B = torch.empty(3, B, device=logits_BV.device)
+    module.sampling_cuda(
+        logits_BV.data_ptr(),
+        DTYPE_CODES[logits_BV.dtype],
+        logits_BV.stride(0),
+        0 if y_BV is logits_BV else y_BV.data_ptr(),
+        y_BV.stride(0),
+        B,
+        V,
+        seeds_B.data_ptr(),
+        positions_B.data_ptr(),
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        math.log(options.min_p) * options.temperature if options.min_p > 0 else -math.inf,
+        options.logprob_temperature,
+        tokens_B.data_ptr(),
+        numbers_3B.data_ptr(),
+        stream,
+    )
+    return _with_bad_history(Sample(tokens_B, *numbers_3B), outside_B)
+
+
+def _sampling_cuda(logits_BV, *args):
+    with torch.cuda.device(logits_BV.device):
+        return sampling_cuda_on(extension(), torch.cuda.current_stream().cuda_stream, logits_BV, *args)
+
+
 def _with_bad_history(out, outside_B):
     if outside_B is None:
         return out
@@ -243,7 +278,12 @@ def _with_bad_history(out, outside_B):
     return Sample(tokens_B, *(x.masked_fill(tokens_B < 0, math.nan) for x in out[1:]))
 
 
-BACKEND_TABLE: dict[str, Callable] = {"triton": _sampling_triton, "cpu": _sampling_cpu, "reference": sampling_reference}
+BACKEND_TABLE: dict[str, Callable] = {
+    "cuda": _sampling_cuda,
+    "triton": _sampling_triton,
+    "cpu": _sampling_cpu,
+    "reference": sampling_reference,
+}
 
 
 def raise_on_bad_rows(sample: Sample) -> Sample:

@@ -255,6 +255,21 @@ FASTPPO_PHASES(bf16_t)
 FASTPPO_PHASES(fp16_t)
 #undef FASTPPO_PHASES
 
+// The first n < 16 elements, the others zero.
+template <typename T>
+FASTPPO_INLINE vec16 load_part(const T* p, int64_t n) {
+  T part[16] = {};
+  std::memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+
+template <typename T>
+FASTPPO_INLINE void store_part(T* p, vec16 x, int64_t n) {
+  T part[16];
+  store(part, x);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
 // n elements between a float row and an array of any dtype.
 template <typename T>
 FASTPPO_INLINE void widen_of(const T* from, int64_t n, float* to) {
