@@ -96,7 +96,7 @@ struct Shared {
 };
 
 template <typename T>
-__device__ void row_statistics(const SamplingArgs& a, const T* x, const float* y, int tiles, Shared s) {
+__device__ __forceinline__ void row_statistics(const SamplingArgs& a, const T* x, const float* y, int tiles, Shared s) {
   const int lane = threadIdx.x % kWarp;
   for (int tile = threadIdx.x / kWarp; tile < tiles; tile += kWarps) {
     float v[kEach], top = kNegInf, sum = 0.0f, dot = 0.0f;
@@ -141,7 +141,7 @@ __device__ __forceinline__ float max_over(const float* x, int tiles) {
 }
 
 // The digit of `bits` at `shift` at which the mass from above reaches `target`; adds what is above it to *s.above.
-__device__ void pick_digit(Shared s, unsigned long long target) {
+__device__ __forceinline__ void pick_digit(Shared s, unsigned long long target) {
   if (threadIdx.x < kWarp) {
     constexpr int kMine = kBins / kWarp;
     const int lane = threadIdx.x, first = kBins - 1 - lane * kMine;  // lane 0 has the highest digits
@@ -168,13 +168,14 @@ __device__ void pick_digit(Shared s, unsigned long long target) {
   __syncthreads();
 }
 
-// The largest key whose tokens, with all above, weigh at least share of those >= floor (kMass) or number at least k.
-template <typename Y, bool kMass>
-__device__ uint32_t radix_threshold(const SamplingArgs& a, const Y* y, bool wide, int tiles, float top, uint32_t floor, Shared s) {
+// The largest key whose tokens, with all above, weigh at least share of those >= floor (by_mass) or number at least k.
+template <typename Y>
+__device__ __forceinline__ uint32_t radix_threshold(const SamplingArgs& a, const Y* y, int tiles, float top, uint32_t floor, bool by_mass, Shared s) {
   const int lane = threadIdx.x % kWarp;
   unsigned long long target = static_cast<unsigned long long>(a.top_k);
   uint32_t prefix = 0;
   if (threadIdx.x == 0) *s.above = 0;
+#pragma unroll 1
   for (int pass = 0; pass < 3; ++pass) {
     const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
     for (int i = threadIdx.x; i < kBins; i += kThreads) s.mass[i] = 0;
@@ -182,17 +183,17 @@ __device__ uint32_t radix_threshold(const SamplingArgs& a, const Y* y, bool wide
     for (int tile = threadIdx.x / kWarp; tile < tiles; tile += kWarps) {
       if (key_of(s.max_y[tile]) < floor) continue;
       float v[kEach];
-      load_tile(y, a.V, tile, lane, wide, v);
+      load_tile(y, a.V, tile, lane, a.wide_y, v);
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         uint32_t key = key_of(v[j]);
         if (key < floor || v[j] == kNegInf || (pass > 0 && (key >> (shift + bits)) != prefix)) continue;
-        float e = kMass ? __expf((v[j] - top) * a.rate) * kMassOne : 1.0f;
+        float e = by_mass ? __expf((v[j] - top) * a.rate) * kMassOne : 1.0f;
         atomicAdd(&s.mass[key >> shift & ((1u << bits) - 1)], static_cast<unsigned long long>(e));
       }
     }
     __syncthreads();
-    if (kMass && pass == 0) {
+    if (by_mass && pass == 0) {
       unsigned long long total = 0;
       for (int i = 0; i < kBins; ++i) total += s.mass[i];
       target = static_cast<unsigned long long>(static_cast<float>(total) * a.top_p);
@@ -205,7 +206,7 @@ __device__ uint32_t radix_threshold(const SamplingArgs& a, const Y* y, bool wide
 }
 
 // At least k elements reach the k-th largest of the tiles' maxima: a lower bound of the k-th largest element.
-__device__ uint32_t bound_from_maxima(const float* max_y, int tiles, int64_t k, uint32_t* bound) {
+__device__ __forceinline__ uint32_t bound_from_maxima(const float* max_y, int tiles, int64_t k, uint32_t* bound) {
   if (threadIdx.x == 0) *bound = 0;
   __syncthreads();
   for (int t = threadIdx.x; t < tiles && k <= tiles; t += kThreads) {
@@ -218,7 +219,7 @@ __device__ uint32_t bound_from_maxima(const float* max_y, int tiles, int64_t k, 
 }
 
 // Warp 0: the first tile whose running weight exceeds u * total (the last with weight if rounding leaves none).
-__device__ int pick_tile(const float* weight, int tiles, float u, float* total) {
+__device__ __forceinline__ int pick_tile(const float* weight, int tiles, float u, float* total) {
   const int lane = threadIdx.x;
   float carry = 0.0f;
   for (int t = 0; t < tiles; t += kWarp) {
@@ -241,7 +242,7 @@ __device__ int pick_tile(const float* weight, int tiles, float u, float* total) 
 
 // Warp 0: the token inside a tile, columns in order.
 template <typename Y>
-__device__ int pick_column(const float (&e)[kEach], float u, int lane) {
+__device__ __forceinline__ int pick_column(const float (&e)[kEach], float u, int lane) {
   constexpr int kVec = 16 / sizeof(Y);
   float part[kEach / kVec], carry = 0.0f;
 #pragma unroll
@@ -276,14 +277,14 @@ __device__ int pick_column(const float (&e)[kEach], float u, int lane) {
 }
 
 template <typename Y>
-__device__ int draw(const SamplingArgs& a, const Y* y, bool wide, int tiles, float top, Shared s, float* sampled) {
+__device__ __forceinline__ int draw(const SamplingArgs& a, const Y* y, int tiles, float top, Shared s, float* sampled) {
   const int lane = threadIdx.x % kWarp;
   uint32_t floor = 0;
-  if (a.top_k > 0 && a.top_k < a.V) {
-    floor = bound_from_maxima(s.max_y, tiles, a.top_k, s.bound);
-    floor = max(floor, radix_threshold<Y, false>(a, y, wide, tiles, top, floor, s));
-  }
-  if (a.top_p < 1.0f) floor = max(floor, radix_threshold<Y, true>(a, y, wide, tiles, top, floor, s));
+  const bool cut_k = a.top_k > 0 && a.top_k < a.V;
+  if (cut_k) floor = bound_from_maxima(s.max_y, tiles, a.top_k, s.bound);
+#pragma unroll 1
+  for (int by_mass = !cut_k; by_mass < (a.top_p < 1.0f ? 2 : 1); ++by_mass)
+    floor = max(floor, radix_threshold(a, y, tiles, top, floor, by_mass, s));
   const float least = fmaxf(fmaxf(top + a.log_min_p, -3.4e38f), floor ? value_of(floor) : kNegInf);
   const bool reuse = a.same_rate && !a.adjusted && floor == 0 && a.log_min_p == kNegInf;
   for (int tile = threadIdx.x / kWarp; tile < tiles; tile += kWarps) {
@@ -292,7 +293,7 @@ __device__ int draw(const SamplingArgs& a, const Y* y, bool wide, int tiles, flo
       w = s.sum_x[tile] * __expf((s.max_x[tile] - top) * a.rate);
     } else if (s.max_y[tile] >= least) {
       float v[kEach];
-      load_tile(y, a.V, tile, lane, wide, v);
+      load_tile(y, a.V, tile, lane, a.wide_y, v);
 #pragma unroll
       for (int j = 0; j < kEach; ++j) w += v[j] >= least ? __expf((v[j] - top) * a.rate) : 0.0f;
       w = warp_sum(w);
@@ -304,7 +305,7 @@ __device__ int draw(const SamplingArgs& a, const Y* y, bool wide, int tiles, flo
   Uniforms u = philox_uniforms(a.seeds[blockIdx.x], a.positions[blockIdx.x]);
   float total, e[kEach];
   const int tile = pick_tile(s.weight, tiles, u.tile, &total);
-  load_tile(y, a.V, tile, lane, wide, e);
+  load_tile(y, a.V, tile, lane, a.wide_y, e);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) e[j] = e[j] >= least ? __expf((e[j] - top) * a.rate) : 0.0f;
   const int token = tile * kTile + pick_column<Y>(e, u.token, lane);
@@ -314,20 +315,20 @@ __device__ int draw(const SamplingArgs& a, const Y* y, bool wide, int tiles, flo
 
 // Warp 0: the lowest column that holds the maximum.
 template <typename Y>
-__device__ int argmax(const SamplingArgs& a, const Y* y, bool wide, int tiles, float top, const float* max_y) {
+__device__ __forceinline__ int argmax(const SamplingArgs& a, const Y* y, int tiles, float top, const float* max_y) {
   const int lane = threadIdx.x;
   int tile = tiles - 1, column = kTile - 1;
   for (int t = lane; t < tiles; t += kWarp) tile = max_y[t] == top ? min(tile, t) : tile;
   tile = __reduce_min_sync(kAllLanes, tile);
-  float v[kEach];
-  load_tile(y, a.V, tile, lane, wide, v);
-#pragma unroll
-  for (int j = 0; j < kEach; ++j) column = v[j] == top ? min(column, column_of<Y>(lane, j)) : column;
+  for (int c = lane; c < kTile; c += kWarp) {
+    int64_t at = int64_t(tile) * kTile + c;
+    if (at < a.V && to_float(y[at]) == top) column = min(column, c);
+  }
   return tile * kTile + __reduce_min_sync(kAllLanes, column);
 }
 
 template <typename T, typename Y>
-__global__ void __launch_bounds__(kThreads) sampling_kernel(SamplingArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) sampling_kernel(SamplingArgs a) {
   FASTPPO_DYNAMIC_SHARED(unsigned long long, memory);
   __shared__ int bad;
   __shared__ uint32_t bound, digit;
@@ -350,9 +351,9 @@ __global__ void __launch_bounds__(kThreads) sampling_kernel(SamplingArgs a) {
   float sampled = 0.0f;
   int token = 0;
   if (!a.greedy) {
-    token = draw(a, y, a.wide_y, tiles, top_y, s, &sampled);
+    token = draw(a, y, tiles, top_y, s, &sampled);
   } else if (threadIdx.x < kWarp) {
-    token = argmax(a, y, a.wide_y, tiles, top_y, s.max_y);
+    token = argmax(a, y, tiles, top_y, s.max_y);
   }
   if (threadIdx.x >= kWarp) return;
   float sum = 0.0f, dot = 0.0f;
