@@ -23,7 +23,42 @@ _GAE = {
 }
 _GAE_TYPES = "*fp32 " * 4 + "*i1 *fp32 *i32 " + "*fp32 " * 4 + "*i32 *fp32 i32 i32 fp32 fp32 fp32"
 
+_SAMPLING_TYPES = "*{0} *{1} *i64 *i64 *i64 *fp32 i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32"
+_SAMPLING = {"GREEDY": False, "TILE": 1024, "TILES": 256}
+
+_PAGED_TYPES = "*{0} *{0} *{0} *i32 *i32 *fp32 i32 i32 i32 i32 fp32 fp32 i32"
+_PAGED = {"KV": 8, "GROUP": 4, "BLOCK": 16, "SPLIT": 256, "GROUP_PADDED": 16, "STEP": 64}
+
 TRITON: list[TritonCase] = [
+    *(
+        TritonCase(
+            "fastppo.kernels._sampling_triton:sampling_kernel",
+            _SAMPLING_TYPES.format(kind, "fp32" if filters else kind),
+            {**_SAMPLING, "TOP_K": filters, "TOP_P": filters},
+            warps=8,
+        )
+        for kind in ("fp32", "bf16")
+        for filters in (False, True)
+    ),
+    *(
+        TritonCase(
+            "fastppo.kernels._paged_attention_triton:paged_attention_kernel",
+            _PAGED_TYPES.format(kind),
+            {**_PAGED, "D": D, "D_PADDED": D},
+        )
+        for kind, D in (("fp32", 64), ("bf16", 128), ("fp16", 256))
+    ),
+    TritonCase(
+        "fastppo.kernels._paged_attention_triton:merge_kernel",
+        "*fp32 *i32 *bf16 i32",
+        {"H": 32, "D": 128, "SPLIT": 256, "D_PADDED": 128},
+        warps=1,
+    ),
+    TritonCase(
+        "fastppo.kernels._paged_attention_triton:cache_write_kernel",
+        "*bf16 *bf16 *bf16 *bf16 *i64 i32 i32 i32 i32",
+        {"KV": 8, "D": 128, "PADDED": 1024},
+    ),
     *(
         TritonCase(
             "fastppo.kernels._logit_rows:stats_kernel",
@@ -62,4 +97,6 @@ TRITON: list[TritonCase] = [
 CUDA_WANTS: dict[str, tuple[str, ...]] = {
     "gae": (WIDE,),
     "logprob": (WIDE,),
+    "paged_attention": (WIDE,),
+    "sampling": (WIDE,),
 }
