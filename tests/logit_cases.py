@@ -24,8 +24,8 @@ def assert_as_exact_as_torch(name: str, ours, plain, truth, tiny: float = 1e-6, 
 
 
 def tiny_of(dtype: torch.dtype) -> float:
-    """Slack for one more rounding to `dtype` than plain torch happens to make."""
-    return 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    """Slack for two more roundings to `dtype` than plain torch happens to make: a tile's gradient and the result."""
+    return 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
 # name -> what to do to random logits [N, V]

@@ -24,7 +24,7 @@ def test_log_is_trls(case):
             if name in AVERAGED and not (case.startswith("packed") and not name.startswith("eval_")):
                 continue
             # grad_norm after steps at a learning rate of 1e-2 has lost a few more digits
-            tolerance = 1e-4 if name == "grad_norm" else 1e-5
+            tolerance = 5e-4 if name == "grad_norm" else 1e-5
             assert mine[name] == pytest.approx(value, rel=tolerance, abs=1e-6), (name, mine, wanted)
 
 
