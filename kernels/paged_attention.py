@@ -199,6 +199,7 @@ def _decode_triton(q_BHD, k_cache, v_cache, block_tables_BM, context_lens_B, *, 
 
 
 def _cache_write_triton(k_NKD, v_NKD, k_cache, v_cache, slots_N):
+    k_NKD, v_NKD = k_NKD.to(k_cache.dtype), v_NKD.to(k_cache.dtype)  # by torch: the interpreter's bf16 cast truncates
     N, KV, D = k_NKD.shape
     if N:
         strides = (*k_NKD.stride()[:2], *v_NKD.stride()[:2])
