@@ -27,7 +27,6 @@ from fastppo.kernels.logprob import (
     LogProb,
     check_temperature,
     check_tokens,
-    large_buffer,
     logprob_reference,
     once,
     row_layout,
@@ -210,7 +209,7 @@ def backward_tiles(launcher: Launcher, hidden_ND, head: Head, scales: Scales, to
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=exact) if needs[0] else None
     dweight_VD = None
     if needs[1]:
-        dweight_VD = large_buffer(vocab, depth, dtype=hidden_ND.dtype, device=hidden_ND.device)
+        dweight_VD = torch.empty(vocab, depth, dtype=hidden_ND.dtype, device=hidden_ND.device)
     if needs[1] and not len(hidden_ND):
         dweight_VD.zero_()  # no row, no product that would write it
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()

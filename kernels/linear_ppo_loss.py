@@ -22,7 +22,7 @@ from torch import Tensor
 from fastppo.kernels import linear_logprob as tiles
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels.linear_logprob import Head, Scales, autocast_inputs, check_head, linear_logprob_reference
-from fastppo.kernels.logprob import DTYPE_CODES, check_temperature, check_tokens, large_buffer, once
+from fastppo.kernels.logprob import DTYPE_CODES, check_temperature, check_tokens, once
 from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOLossOptions, PPOStats, ppo_loss, ppo_loss_reference
 
 CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 1280 * 2**20}
@@ -168,7 +168,7 @@ class GradientSums:
         exact = chunks > 1 and hidden_ND.element_size() == 2
         dtype = torch.float32 if exact else hidden_ND.dtype
         shape, device = head.weight_VD.shape, hidden_ND.device
-        self.dweight_VD = large_buffer(*shape, dtype=dtype, device=device) if needs[2] else None
+        self.dweight_VD = torch.empty(shape, dtype=dtype, device=device) if needs[2] else None
         self.dbias_V = torch.zeros(len(head.weight_VD), device=hidden_ND.device) if needs[3] else None
         self.empty = True
 
@@ -194,7 +194,7 @@ def run_chunks(chunk: Callable, rows: Rows, head: Head, scales: Scales, loss: Lo
     size = chunk_rows(count, vocab, hidden_ND.element_size(), device.type)
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
     sums = GradientSums(hidden_ND, head, max(1, -(-count // size)), needs)
-    workspace = large_buffer(min(size, count), vocab, dtype=hidden_ND.dtype, device=device)
+    workspace = hidden_ND.new_empty(min(size, count), vocab)
     parts = []
     for span in tiles.spans(count, size) if count else [slice(0, 0)]:  # no token: the loss is 0, the statistics too
         part_rows = rows.take(span)
