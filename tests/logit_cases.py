@@ -1,5 +1,7 @@
 """What the tests of logprob, linear_logprob and linear_ppo_loss share: the error rule and awkward logits."""
 
+import os
+
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,8 +26,10 @@ def assert_as_exact_as_torch(name: str, ours, plain, truth, tiny: float = 1e-6, 
 
 
 def tiny_of(dtype: torch.dtype) -> float:
-    """Slack for two more roundings to `dtype` than plain torch happens to make: a tile's gradient and the result."""
-    return 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    """Slack for one more rounding to `dtype` than plain torch makes; Triton's interpreter cuts bits off instead."""
+    if dtype == torch.float32:
+        return 1e-6
+    return torch.finfo(dtype).eps * (1.0 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5)
 
 
 # name -> what to do to random logits [N, V]
