@@ -80,7 +80,15 @@ def summary(rows: Sequence[Row]) -> str:
         groups[row["device"], row["bench"], row["dtype"]].append(row)
     if not groups:
         return NONE_YET
-    header = ("device", "op", "dtype", "cases", "times faster than torch", "% of the machine's floor", "measured")
+    header = (
+        "device",
+        "op",
+        "dtype",
+        "cases",
+        "times faster than its baseline",
+        "% of the machine's floor",
+        "measured",
+    )
     lines = []
     for (device, bench, dtype), found in sorted(groups.items()):
         newest = max(found, key=lambda row: row["date"])
@@ -97,7 +105,7 @@ def summary(rows: Sequence[Row]) -> str:
         )
     return (
         markdown(header, lines)
-        + "\n\nOver all measured cases: worst / median / best. Every row, slower ones too: bench/results/README.md."
+        + "\n\nOver all measured cases: worst / median / best. The baseline is plain PyTorch; for the linear rooms it is the bare matrix products they cannot beat, for bench_loop TRL 0.11.4. Every row, slower ones too: bench/results/README.md."
     )
 
 
@@ -107,7 +115,17 @@ def full(rows: Sequence[Row]) -> str:
     groups = defaultdict(list)
     for row in rows:
         groups[row["device"], row["bench"]].append(row)
-    header = ("dtype", "shape", "variant", "ms", "times faster than torch", "% of floor", "versions", "commit", "note")
+    header = (
+        "dtype",
+        "shape",
+        "variant",
+        "ms",
+        "times faster than its baseline",
+        "% of floor",
+        "versions",
+        "commit",
+        "note",
+    )
     for (device, bench), found in sorted(groups.items()):
         lines = [
             (
