@@ -15,7 +15,7 @@ tags:
 # {name}
 
 This is a language model fine-tuned with reinforcement learning (PPO) by
-[fastppo](https://pypi.org/project/fastppo). It generates text like any transformers model, and the value head that
+fastppo. It generates text like any transformers model, and the value head that
 was trained with it is in the checkpoint.
 
 ## Use
