@@ -20,7 +20,8 @@ import torch
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".writing-"
+_PART = r"[a-z_]+"
+_TEMPORARY, _ASIDE = ".writing-", "set-aside-"
 
 Parts = Mapping[str, Mapping[str, torch.Tensor]]
 
@@ -43,7 +44,8 @@ class Checkpoint:
 def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping[str, Any], *, keep: int = 3) -> Path:
     """Write checkpoint `step` into `folder`, keep the newest `keep`, return the new checkpoint's path.
 
-    Raises CheckpointError when the disk is full, the folder cannot be written, or a value is no JSON; older
+    Checkpoints of later steps belong to a course of the run that was left (it was resumed from an older one): they get
+    `set-aside-` before their names, so that nothing resumes from them.   Raises CheckpointError when the disk is full, the folder cannot be written, or a value is no JSON; older
     checkpoints are then untouched.
     """
     if keep < 1:
@@ -56,8 +58,9 @@ def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping
         _remove_leftovers(folder)
         temporary.mkdir()
         _write_files(temporary, step, parts, values)
-        if target.exists():  # a run that was resumed from an older step writes this step again
-            shutil.rmtree(target)
+        for name in (name for name in _complete_names(folder) if _step(name) >= step):
+            shutil.rmtree(folder / f"{_ASIDE}{name}", ignore_errors=True)
+            os.rename(folder / name, folder / f"{_ASIDE}{name}")
         os.rename(temporary, target)
         _sync_folder(folder)
     except OSError as error:
@@ -69,7 +72,7 @@ def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in sorted(_complete_names(folder))[:-keep]:
+    for old in sorted(_complete_names(folder), key=_step)[:-keep]:
         shutil.rmtree(folder / old, ignore_errors=True)
     return target
 
@@ -80,12 +83,20 @@ def load_newest(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
     (None, reasons) when there is none. A damaged checkpoint is never deleted and never loaded.
     """
     folder, passed_over = Path(folder), []
-    for name in sorted(_complete_names(folder), reverse=True):
+    for name in sorted(_complete_names(folder), key=_step, reverse=True):
         try:
             return load_checkpoint(folder / name), passed_over
         except CheckpointError as error:
             passed_over.append(str(error))
     return None, passed_over
+
+
+def find(path: str | Path) -> tuple[Checkpoint | None, list[str]]:
+    """load_checkpoint for a checkpoint's own folder, load_newest for a folder of checkpoints."""
+    path = Path(path)
+    if _NAME.fullmatch(path.name) or (path / "manifest.json").is_file():
+        return load_checkpoint(path), []
+    return load_newest(path)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -236,11 +247,15 @@ def _complete_names(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
 
 
+def _step(name: str) -> int:
+    return int(_NAME.fullmatch(name)[1])
+
+
 def _remove_leftovers(folder: Path) -> None:
     """Delete what a killed process of this folder left half-written (a live writer's folder carries a live pid)."""
     for entry in folder.glob(f"{_TEMPORARY}*"):
-        pid = int(entry.name.rsplit("-", 1)[-1])
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ProcessLookupError, PermissionError, ValueError, OverflowError):
+            pid = int(entry.name.rsplit("-", 1)[-1])
             os.kill(pid, 0)
             if pid != os.getpid():
                 continue

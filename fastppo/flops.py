@@ -50,7 +50,8 @@ def cost(model, head) -> Cost:
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     """The rate of torch's matrix product here, best of five; measured once (some 0.1 s). threads only keys the cache."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # the run's own draws stay what they are
+    a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         if device.type == "cuda":

@@ -5,7 +5,7 @@ import inspect
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 
-from fastppo.trainer import checks, columns, hub, setup, tracking
+from fastppo.trainer import checks, columns, hub, setup, state, tracking
 
 
 class BaseTrainer(PyTorchModelHubMixin):
@@ -70,6 +70,25 @@ class BaseTrainer(PyTorchModelHubMixin):
         self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(save_directory)
+
+    def save_checkpoint(self, folder, *, keep: int = 3, extra=None):
+        """Write everything that a run needs to go on into `folder`/step-<steps done>, crash-safe; returns that path.
+
+        Policy, value head (with PEFT: adapters and head, the base by name), optimizer, scheduler, KL controller,
+        running moments, random generators, place in the dataloader, step. safetensors and JSON. keep: newest
+        checkpoints that stay. extra: anything JSON can hold, for the caller. With many processes, all call it.
+        Raises CheckpointError when it cannot be written; older checkpoints are then untouched.
+        """
+        return state.save(self, folder, keep, extra)
+
+    def load_checkpoint(self, path, *, missing_ok: bool = False):
+        """Go on from `path`, a checkpoint or a folder of them (the newest whole one; a warning says why others were not).
+
+        Build the trainer as the saved run did, from the same models; on a CPU the rest of the run is then bitwise what
+        it would have been. Returns Resumed(step, path, passed_over, extra), or None where there is no checkpoint
+        and missing_ok. Raises CheckpointError, nothing changed, for a checkpoint that is damaged or does not fit.
+        """
+        return state.load(self, path, missing_ok)
 
     def _show_tokens(self, tokens, masks):
         """Print the tokens, those that count (mask 1) in another colour."""

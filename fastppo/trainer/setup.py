@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from fastppo.trainer.columns import Batches, EpochSampler
 from fastppo.trainer.kl_controller import AdaptiveKLController, FixedKLController
 from fastppo.trainer.running_moments import RunningMoments
 
@@ -85,7 +86,11 @@ def prepare_with_accelerate(trainer) -> None:
     prepared = trainer.accelerator.prepare(
         trainer.model, trainer.optimizer, trainer.data_collator, trainer.dataloader, trainer.lr_scheduler
     )
+    sampler = getattr(trainer.dataloader, "sampler", None)
     trainer.model, trainer.optimizer, trainer.data_collator, trainer.dataloader, trainer.lr_scheduler = prepared
+    if isinstance(sampler, EpochSampler):
+        size, processes = trainer.config.batch_size, trainer.accelerator.num_processes
+        trainer.dataloader = Batches(trainer.dataloader, sampler, size, processes)
     if trainer.ref_model is None:
         return
     if getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None:
