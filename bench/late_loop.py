@@ -177,7 +177,7 @@ def learn(options) -> dict:
         output_dir="/tmp/late_loop", report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
         per_device_train_batch_size=32, gradient_accumulation_steps=1, num_mini_batches=4, num_ppo_epochs=4,
         total_episodes=32 * options.steps, response_length=48, num_sample_generations=0, temperature=1.0,
-        learning_rate=3e-4, lr_scheduler_type="constant", kl_coef=0.05, seed=options.seed, stop_token="eos",
+        learning_rate=3e-4, lr_scheduler_type="constant", kl_coef=0.05, seed=options.seed, stop_token="eos", logging_steps=1,
     )  # fmt: skip
     draw = torch.Generator().manual_seed(options.seed)
     picks = torch.randint(len(OPENINGS), (512,), generator=draw).tolist()
@@ -202,7 +202,8 @@ def learn(options) -> dict:
     trainer.train()
     scores = [line["objective/scores"] for line in trainer.state.log_history if "objective/scores" in line]
     kl = [line["objective/kl"] for line in trainer.state.log_history if "objective/kl" in line]
-    return {"first5": sum(scores[:5]) / 5, "last5": sum(scores[-5:]) / 5, "kl": kl[-1], "seconds": time.time() - began}
+    means = {"first5": sum(scores[:5]) / 5, "last5": sum(scores[-5:]) / 5, "kl": kl[-1]}
+    return {**means, "seconds": time.time() - began, "scores": scores, "kls": kl}
 
 
 def main() -> None:

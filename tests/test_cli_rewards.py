@@ -19,13 +19,13 @@ def test_a_function_gets_what_its_parameters_are_called():
 
     assert FunctionReward(named, "named", ["answer"])(PROMPTS, RESPONSES) == [7.0, 10.0]
     everything = FunctionReward(lambda **given: [len(given), 0], "all", ["answer"])
-    assert everything(PROMPTS, RESPONSES) == [4.0, 0.0]
+    assert everything(PROMPTS, RESPONSES) == [5.0, 0.0]
 
 
 def test_a_parameter_that_is_not_given_is_named():
     with pytest.raises(UserError, match="wants a parameter 'respons', which is not given. Did you mean 'responses'"):
         FunctionReward(lambda respons: [], "r.py:f", ["answer"])
-    with pytest.raises(UserError, match="must take at least one of: prompts, responses, texts, answer"):
+    with pytest.raises(UserError, match="must take at least one of: prompts, responses, completions, texts, answer"):
         FunctionReward(lambda: [], "r.py:f", ["answer"])
 
 

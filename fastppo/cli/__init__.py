@@ -1,4 +1,4 @@
-"""The command line: `fastppo demo | train | report | info`. Each command is a module here with `run(argv) -> exit status`."""
+"""The command line: `fastppo demo | train | pipeline | ...`. Each command is a module here with `run(argv) -> exit status`."""
 
 import difflib
 import importlib
@@ -9,13 +9,17 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "train a small language model, then watch PPO improve it (no network, no GPU, under 3 minutes)",
     "train": "the same loop on your model, your prompts and your reward",
+    "pipeline": "fine-tuning, a reward model and PPO against it, from one file of preference pairs",
+    "sft": "supervised fine-tuning on text, messages, or prompts with completions",
+    "reward": "a reward model from preference pairs",
+    "ppo": "PPO with the late trainer against a reward model, a function or an endpoint",
     "report": "an HTML page of curves and samples over one or more runs",
     "info": "versions, device, and which back ends run here or why not",
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
     return "\n".join(
         ["usage: fastppo COMMAND [OPTIONS]", "", *lines, "", "'fastppo COMMAND --help' lists a command's options."]
     )

@@ -26,10 +26,13 @@ def column(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 def draw_panel(axes: Any, rows: Sequence[dict[str, Any]], panel: tuple[str, str, str, str]) -> None:
     key, title, unit, colour = panel
+    stage, slash, name = key.rpartition("/")
+    held_out = [row for row in rows if row.get(f"{stage}{slash}eval_{name}") is not None]
+    rows = [row for row in rows if key in row]  # training and evaluation have lines of their own
     steps, values = column(rows, "step"), column(rows, key)
     window = max(1, len(rows) // 12)
     trend = smooth(values, window)
-    if key == "env/reward_mean":
+    if "env/reward_std" in rows[0] and key == "env/reward_mean":
         spread = column(rows, "env/reward_std")
         low, high = ([v + sign * s for v, s in zip(trend, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.10, linewidth=0)
@@ -37,8 +40,9 @@ def draw_panel(axes: Any, rows: Sequence[dict[str, Any]], panel: tuple[str, str,
     axes.plot(steps, trend, color=colour, linewidth=2.4, solid_capstyle="round")
     axes.annotate(
         f"{trend[-1]:,.0f}" if abs(trend[-1]) >= 100 else f"{trend[-1]:.2f}",
-        (steps[-1], trend[-1]),
-        xytext=(6, 0),
+        (1.0, trend[-1]),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
         textcoords="offset points",
         va="center",
         color=colour,
@@ -46,15 +50,25 @@ def draw_panel(axes: Any, rows: Sequence[dict[str, Any]], panel: tuple[str, str,
         fontweight="bold",
         annotation_clip=False,
     )
+    if held_out:
+        points = [(row["step"], row[f"{stage}{slash}eval_{name}"]) for row in held_out]
+        axes.plot(*zip(*points, strict=True), "D:", color=INK, markersize=6, linewidth=1.2)
+        unit += f"; diamonds: held out, {points[-1][1]:.2f} at last"
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=22)
     axes.text(0, 1.035, unit, transform=axes.transAxes, fontsize=9, color=PALE)
-    if key != "env/reward_mean" and min(v for v in values if not math.isnan(v)) >= 0:
-        axes.set_ylim(bottom=0)
+    if key not in ("env/reward_mean", "objective/scores") and min(v for v in values if not math.isnan(v)) >= 0:
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
 
 
-def draw(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
-    """Draw one panel per metric of `PANELS` that the run has. Does nothing for a run without steps."""
-    panels = [panel for panel in PANELS if any(row.get(panel[0]) is not None for row in rows)]
+def draw(
+    rows: Sequence[dict[str, Any]],
+    path: str | Path,
+    title: str,
+    panels: Sequence[tuple[str, str, str, str]] = PANELS,
+    steps: str = "PPO step",
+) -> None:
+    """Draw the first four of `panels` whose metric the run has. Does nothing for a run without steps."""
+    panels = [panel for panel in panels if any(row.get(panel[0]) is not None for row in rows)][:4]
     if not panels:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,7 +86,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
         axes.spines["bottom"].set_color(GRID)
         axes.tick_params(colors=PALE, length=0, labelsize=9)
         axes.set_xlim(left=0 if len(rows) > 1 else None)
-        axes.set_xlabel("PPO step", fontsize=9, color=PALE, loc="right")
+        axes.set_xlabel(steps, fontsize=9, color=PALE, loc="right")
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle(title, x=0.055, y=0.975, ha="left", fontsize=15, color=INK)

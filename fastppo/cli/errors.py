@@ -17,6 +17,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if near and len(names) > 60:  # the list would bury the hint
+        return hint
     return f"{hint} There is: {', '.join(names) or 'nothing'}."
 
 

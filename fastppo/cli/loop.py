@@ -80,8 +80,12 @@ class Recorder(Protocol):
 class Interrupts:
     """Inside `with`, the first Ctrl-C or SIGTERM asks for a stop after the current step; the second one stops at once."""
 
-    def __init__(self, notice: Callable[[str], None]):
-        self.notice, self.asked, self.previous = notice, False, {}
+    def __init__(
+        self,
+        notice: Callable[[str], None],
+        text: str = "Stopping after this step, then saving. Ctrl-C again stops at once and saves.",
+    ):
+        self.notice, self.text, self.asked, self.previous = notice, text, False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
@@ -96,7 +100,7 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self.notice("Stopping after this step, then saving. Ctrl-C again stops at once and saves.")
+        self.notice(self.text)
 
 
 def batches(prompts: Sequence[Prompt], size: int, seed: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Prompt]]:

@@ -63,10 +63,16 @@ def parse(cls: type[Options], argv: Sequence[str], prog: str, description: str |
 
     A wrong flag or value ends the process with status 2, as shells expect of usage errors. Raises UserError.
     """
+    argv, file = take_config(argv)
+    return parse_over(cls, argv, read_yaml(file, cls) if file else {}, prog, description)
+
+
+def parse_over(
+    cls: type[Options], argv: Sequence[str], values: Mapping[str, Any], prog: str, description=None
+) -> Options:
+    """`values` as cls, with the flags in argv over them."""
     import tyro
 
-    argv, file = take_config(argv)
-    values = read_yaml(file, cls) if file else {}
     note = f"{description or ''}\n\n--config FILE reads any of these from a YAML file; flags win over it."
     try:
         default = cls(**values)
@@ -90,6 +96,11 @@ def take_config(argv: Sequence[str]) -> tuple[list[str], Path | None]:
 
 def read_yaml(file: Path, cls: type) -> dict[str, Any]:
     """The file's values, by field of `cls`; keys may be written with - or _."""
+    return check_values(load_yaml(file), cls, f"--config: {file}")
+
+
+def load_yaml(file: Path) -> Mapping[Any, Any]:
+    """The mapping in `file`. Raises UserError."""
     import yaml
 
     try:
@@ -100,16 +111,21 @@ def read_yaml(file: Path, cls: type) -> dict[str, Any]:
         raise UserError(f"--config: {file} is not YAML: {error}") from error
     if not isinstance(values, Mapping):
         raise UserError(f"--config: {file} must hold 'name: value' lines; got a {type(values).__name__}")
+    return values
+
+
+def check_values(values: Mapping[Any, Any], cls: type, where: str) -> dict[str, Any]:
+    """`values` by field of `cls`, in the fields' types; `where` names their source in errors."""
     hints, read = typing.get_type_hints(cls), {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:
-            raise UserError(f"--config: {file} sets {key!r}, which is no option.{nearest(name, hints)}")
+            raise UserError(f"{where} sets {key!r}, which is no option.{nearest(name, hints)}")
         try:
             read[name] = convert(value, hints[name])
         except (TypeError, ValueError):
             wanted = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
-            raise UserError(f"--config: {file}: {key} must be {wanted}; got {value!r}") from None
+            raise UserError(f"{where}: {key} must be {wanted}; got {value!r}") from None
     return read
 
 
@@ -121,6 +137,13 @@ def convert(value: Any, hint: Any) -> Any:
             return None
         return convert(value, next(option for option in options if option is not type(None)))
     kind = typing.get_origin(hint) or hint
+    if kind is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError
+        return value
+    if kind is list:
+        (inner,) = typing.get_args(hint)
+        return [convert(each, inner) for each in (value if isinstance(value, list) else [value])]
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str):

@@ -26,7 +26,7 @@ def load_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
     else:
         rows = load_with_datasets(source, split)
     if not rows:
-        raise UserError(f"--dataset: {source} is empty; PPO needs at least one prompt")
+        raise UserError(f"--dataset: {source} is empty: there is nothing to train on")
     return rows
 
 

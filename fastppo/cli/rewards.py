@@ -17,6 +17,7 @@ from fastppo.cli.loop import Prompt, Reward
 GIVEN = {
     "prompts": lambda prompts, responses: [p.text for p in prompts],
     "responses": lambda prompts, responses: list(responses),
+    "completions": lambda prompts, responses: list(responses),
     "texts": lambda prompts, responses: [p.text + r for p, r in zip(prompts, responses, strict=True)],
 }
 

@@ -36,8 +36,9 @@ def sparkline(values: Sequence[float], width: int = 48) -> str:
 class Screen:
     """Shows the steps of a run of `total` steps. Use it as a context manager around the loop."""
 
-    def __init__(self, total: int, title: str, console: Console | None = None):
+    def __init__(self, total: int, title: str, console: Console | None = None, columns: Sequence[tuple] = COLUMNS):
         self.console = console or Console(highlight=False)
+        self.columns, self.before = columns, 0  # before: steps that an earlier start did
         self.total, self.title, self.steps, self.message = total, title, [], ""
         self.started = time.perf_counter()
         self.live = Live(console=self.console, refresh_per_second=8, transient=True, get_renderable=self.view)
@@ -53,8 +54,11 @@ class Screen:
     def step(self, step: Step) -> None:
         self.steps.append(step)
         if not self.console.is_terminal:
-            told = [f"{label} {form.format(step.metrics[key])}" for key, label, form in COLUMNS if key in step.metrics]
-            self.console.print(f"step {step.number}/{self.total}  " + "  ".join(told), soft_wrap=True, markup=False)
+            told = [
+                f"{label} {form.format(step.metrics[key])}" for key, label, form in self.columns if key in step.metrics
+            ]
+            if told:
+                self.console.print(f"step {step.number}/{self.total}  " + "  ".join(told), soft_wrap=True, markup=False)
 
     def notice(self, text: str) -> None:
         self.message = text
@@ -65,8 +69,9 @@ class Screen:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def view(self) -> Panel:
-        done, seconds = len(self.steps), time.perf_counter() - self.started
-        left = f", about {seconds / done * (self.total - done):.0f} s to go" if done else ""
+        done, seconds = self.steps[-1].number if self.steps else self.before, time.perf_counter() - self.started
+        now = done - self.before
+        left = f", about {seconds / now * (self.total - done):.0f} s to go" if now > 0 else ""
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_row(
             Text(f"step {done}/{self.total}", style="bold"),
@@ -74,14 +79,14 @@ class Screen:
             Text(f"{seconds:.0f} s{left}", style="dim"),
         )
         numbers = Table.grid(padding=(0, 3))
-        for key, label, form in COLUMNS:
+        for key, label, form in self.columns:
             values = [step.metrics[key] for step in self.steps if key in step.metrics]
             if values:
                 numbers.add_row(
                     Text(label, style="dim"), form.format(values[-1]), Text(sparkline(values), style="cyan")
                 )
         parts = [head, Text(), numbers]
-        if self.steps:
+        if self.steps and self.steps[-1].samples:
             parts += [Text(), sample_text(self.steps[-1].samples[0])]
         if self.message:
             parts += [Text(), Text(self.message, style="yellow")]

@@ -209,7 +209,11 @@ def load_resume(trainer: "PPOTrainer", folder: Path) -> None:
     for name in (VALUE_FILE, RESUME_FILE, STATE_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"PPOTrainer.train: {folder} is no checkpoint of a run: it has no {name}")
-    trainer._load_from_checkpoint(str(folder), trainer.policy_model)
+    whole, trainer.model = trainer.model, trainer.policy_model  # transformers asks trainer.model about missing keys
+    try:
+        trainer._load_from_checkpoint(str(folder), trainer.policy_model)
+    finally:
+        trainer.model = whole
     parameters = dict(trainer._wrapper.named_parameters())
     with torch.no_grad():
         for name, saved in load_file(folder / VALUE_FILE).items():

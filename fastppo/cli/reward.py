@@ -1,0 +1,67 @@
+"""`fastppo reward`: a reward model from preference pairs (chosen, rejected[, prompt, margin]), or from texts with labels.
+
+fastppo reward --model runs/sft/model --dataset pairs.jsonl --eval-dataset held-out.jsonl --output-dir runs/reward
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastppo.cli.stage_options import StageOptions, read_stage
+
+PANELS = (
+    ("loss", "Loss", "- log sigmoid(r(chosen) - r(rejected)), 0.69 is chance", "#0b7a75"),
+    ("accuracy", "Accuracy", "share of training pairs with chosen above rejected", "#5b5f97"),
+    ("margin", "Margin", "r(chosen) - r(rejected)", "#2f6690"),
+    ("learning_rate", "Learning rate", "", "#7b8794"),
+)
+COLUMNS = (
+    ("loss", "loss", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("margin", "margin", "{:.2f}"),
+    ("eval_accuracy", "held-out accuracy", "{:.1%}"),
+)
+
+
+def build(options: Any, config: Any) -> Any:
+    from fastppo import RewardTrainer
+    from fastppo.cli.pairs import as_dataset, pairs_of, rows_of
+    from fastppo.cli.stage import adapter, told_errors
+    from fastppo.core import set_seed
+
+    def read(source: str, flag: str) -> Any:
+        rows = rows_of(source, options.dataset_split, flag)
+        return as_dataset(pairs_of(rows, f"{flag}: {source}", seed=config.seed), f"{flag}: {source}")
+
+    data = read(options.dataset, "--dataset")
+    held_out = read(options.eval_dataset, "--eval-dataset") if options.eval_dataset else None
+    set_seed(config.seed)  # before the score layer, whose weights start at random
+    with told_errors("fastppo reward"):
+        return RewardTrainer(
+            options.model, config, train_dataset=data, eval_dataset=held_out, peft_config=adapter(options, "SEQ_CLS")
+        )
+
+
+def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from fastppo.cli.stage import first_and_last
+
+    found = {"steps": max((row["step"] for row in rows), default=0)}
+    if both := first_and_last(rows, "loss", 1):
+        found |= {"loss_first": both[0], "loss_last": both[1]}
+    for name in ("accuracy", "eval_accuracy"):
+        if both := first_and_last(rows, name, 1):
+            found[f"{name}_last"] = both[1]
+    return found
+
+
+def stage() -> Any:
+    from fastppo.cli.stage import Stage
+
+    return Stage("reward", build, PANELS, COLUMNS, results)
+
+
+def run(argv: Sequence[str]) -> int:
+    from fastppo import RewardConfig
+    from fastppo.cli.stage import run_stage
+
+    given = read_stage(argv, StageOptions, RewardConfig, "fastppo reward", __doc__)
+    return run_stage(stage(), given, RewardConfig)[0]

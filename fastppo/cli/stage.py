@@ -1,0 +1,197 @@
+"""One stage on the command line (SFT, reward model, PPO): train, show, record, and go on where an earlier start ended."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+
+from fastppo.cli.errors import UserError
+from fastppo.cli.loop import Interrupts, Step
+from fastppo.cli.screen import Screen
+from fastppo.cli.session import quiet_libraries
+from fastppo.cli.stage_folder import CURVES, SAMPLES, StageFolder
+from fastppo.cli.stage_options import Given
+from fastppo.run_folder import checkpoints
+
+STOPPING = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: the command. build(options, configuration) -> trainer, nothing trained yet. panels: of curves.png. columns:
+    of the screen. results(metrics.jsonl's lines) -> what the run came to. probe(trainer) -> sample answers."""
+
+    name: str
+    build: Callable[[Any, Any], Any]
+    panels: Sequence[tuple[str, str, str, str]]
+    columns: Sequence[tuple[str, str, str]]
+    results: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    step_name: str = "optimizer step"
+    probe: Callable[[Any], list[dict[str, Any]]] | None = None
+
+
+class Recorder(TrainerCallback):
+    """Writes and shows every log line, and turns the first Ctrl-C into a checkpoint and a stop."""
+
+    def __init__(self, folder: StageFolder, screen: Screen, interrupts: Interrupts):
+        self.folder, self.screen, self.interrupts = folder, screen, interrupts
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.screen.total, self.screen.before = state.max_steps, state.global_step
+        if state.is_world_process_zero:
+            self.folder.start_metrics(state.log_history)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        self.folder.add_metrics(logs, state.global_step)
+        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
+        self.screen.step(Step(state.global_step, numbers, []))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupts.asked:
+            control.should_save = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    import datasets
+
+    shown = datasets.are_progress_bars_enabled() if hasattr(datasets, "are_progress_bars_enabled") else True
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'pin_memory' argument is set")
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def told_errors(what: str) -> Iterator[None]:
+    """What libraries say about a model, rows or options that cannot work becomes one message."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:600]}") from error
+
+
+def load_error(flag: str, source: str, error: Exception) -> UserError:
+    known = "a folder here" if Path(source).is_dir() else "no folder here"
+    said = " ".join(str(error).split())[:400]
+    return UserError(f"{flag}: {source} is {known} and could not be loaded: {said}")
+
+
+def check_model(source: str, flag: str = "--model") -> Any:
+    """The model's configuration. Raises UserError before any data was read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise load_error(flag, source, error) from error
+
+
+def adapter(options: Any, task: str) -> Any:
+    if options.lora_rank is None:
+        return None
+    from peft import LoraConfig
+
+    rank = options.lora_rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, task_type=task, target_modules="all-linear")
+
+
+def run_stage(stage: Stage, given: Given, config_class: type) -> tuple[int, dict[str, Any]]:
+    """(exit status, results): 0 when the stage is finished (by this start or an earlier one), 130 when interrupted."""
+    from accelerate import PartialState
+
+    options, is_main = given.options, PartialState().is_main_process
+    options.output_dir = options.output_dir or Path("runs") / time.strftime(f"{stage.name}-%Y%m%d-%H%M%S")
+    folder = StageFolder(options.output_dir, given.values, overwrite=options.overwrite, write=is_main)
+    PartialState().wait_for_everyone()
+    if (results := folder.results) is not None:
+        if is_main:
+            print(f"{stage.name}: finished before, in {folder.path} (--overwrite starts anew)")
+        return 0, results
+    check_model(options.model)
+    with quiet_libraries(), quiet_datasets():
+        trainer = stage.build(options, given.configuration(config_class))
+        if is_main:
+            folder.write_about()
+        return train_and_save(stage, trainer, folder)
+
+
+def train_and_save(stage: Stage, trainer: Any, folder: StageFolder) -> tuple[int, dict[str, Any]]:
+    title = f"fastppo {stage.name}: {folder.path}"
+    screen = Screen(trainer.args.max_steps, title, columns=stage.columns)
+    trainer.remove_callback(PrinterCallback)
+    is_main = trainer.is_world_process_zero()
+    if stage.probe and is_main and not (folder.path / SAMPLES).is_file():
+        folder.write_json(SAMPLES, {"before": stage.probe(trainer)})
+    with Interrupts(screen.notice, STOPPING) as interrupts:
+        trainer.add_callback(Recorder(folder, screen, interrupts))
+        with screen if is_main else contextlib.nullcontext():
+            try:
+                trainer.train(resume_from_checkpoint="auto")
+                if not interrupts.asked and not evaluated_last(trainer):
+                    trainer.evaluate()
+            except KeyboardInterrupt:
+                interrupts.asked = True
+            except FloatingPointError as error:
+                raise UserError(f"training diverged: {error}. Lower the learning rate.") from error
+            finally:
+                if is_main:
+                    folder.write_curves(title, stage.panels, stage.step_name)
+    if interrupts.asked:
+        return interrupted(stage, screen, folder, is_main)
+    return finished(stage, trainer, screen, folder)
+
+
+def evaluated_last(trainer: Any) -> bool:
+    """Whether there is nothing to evaluate on, or the last step was evaluated already."""
+    step = trainer.state.global_step
+    done = any("eval_runtime" in x or "eval_objective/kl" in x for x in trainer.state.log_history if x["step"] == step)
+    return trainer.eval_dataset is None or done
+
+
+def interrupted(stage: Stage, screen: Screen, folder: StageFolder, is_main: bool) -> tuple[int, dict[str, Any]]:
+    saved = checkpoints(folder.path)
+    if is_main:
+        where = f"{saved[-1]} is saved" if saved else "no step was saved"
+        screen.say(f"{stage.name} interrupted: {where}. The same command goes on from there.")
+    return 130, {}
+
+
+def finished(stage: Stage, trainer: Any, screen: Screen, folder: StageFolder) -> tuple[int, dict[str, Any]]:
+    if not trainer.is_world_process_zero():
+        return 0, {}
+    results = stage.results(folder.read_metrics())
+    if stage.probe:
+        import json
+
+        before = json.loads((folder.path / SAMPLES).read_text(encoding="utf-8")).get("before", [])
+        folder.write_json(SAMPLES, {"before": before, "after": stage.probe(trainer)})
+    folder.save_model(trainer)
+    folder.write_json("results.json", results)
+    screen.say(f"{stage.name}: {told(results)}")
+    for name, what in (("model/", "for from_pretrained"), (CURVES, "its plots"), ("metrics.jsonl", "every number")):
+        screen.say(f"  {folder.path / name}  {what}")
+    return 0, results
+
+
+def told(results: Mapping[str, Any]) -> str:
+    return ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in results.items())
+
+
+def first_and_last(rows: Sequence[Mapping[str, Any]], name: str, window: int = 5) -> tuple[float, float] | None:
+    """Means of the first and the last `window` lines that have `name`; None without any."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return None
+    return sum(values[:window]) / len(values[:window]), sum(values[-window:]) / len(values[-window:])

@@ -1,0 +1,306 @@
+"""`fastppo sft | reward | ppo | pipeline` on tiny models: one command for all stages, skipping, resuming, clear errors."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fastppo.cli import main
+from fastppo.cli.pipeline import split_flags
+from fastppo.cli.run_folder import read_metrics
+from fastppo.cli.stories import corpus, happiness
+from fastppo.cli.tiny_lm import new_model, train_language_model, train_tokenizer
+
+REWARDS = """
+def vowels(completions): return [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in completions]
+def columns(texts, answer): return [float(len(t) % a) for t, a in zip(texts, answer)]
+def raises(completions): raise LookupError("no dictionary")
+def nan(completions): return [float("nan")] * len(completions)
+"""
+QUICK = {
+    "sft": {"learning_rate": "1e-3", "per_device_train_batch_size": 8, "max_steps": 6, "logging_steps": 2},
+    "reward": {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_steps": 8, "logging_steps": 2},
+    "ppo": {"per_device_train_batch_size": 4, "total_episodes": 16, "response_length": 8, "stop_token": "eos"},
+}
+QUICK["ppo"] |= {"num_sample_generations": 0, "learning-rate": 1e-3, "temperature": 1.0, "probes": 2}
+
+
+def write(path: str, rows: list[dict]) -> None:
+    Path(path).write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model and data in several forms."""
+    folder = tmp_path_factory.mktemp("stages")
+    stories = corpus(120, 0)
+    texts = [f"{opening} {rest}" for opening, rest in stories]
+    tokenizer = train_tokenizer(texts)
+    torch.manual_seed(0)
+    model = new_model(tokenizer, hidden=32, layers=2)
+    train_language_model(model, tokenizer, texts, 30, 0, lambda step, loss: None)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    os.chdir(folder)
+    write("reviews.jsonl", [{"text": text, "label": int(happiness(text) > 0)} for text in texts])
+    pairs = [{"prompt": a[0], "chosen": " " + a[1], "rejected": " " + b[1]} for a, b in zip(stories, stories[1:])]  # noqa: B905
+    write("pairs.jsonl", pairs)
+    write("prompts.jsonl", [{"query": opening, "answer": 3 + i % 3} for i, (opening, _) in enumerate(stories)])
+    Path("empty.jsonl").write_text("")
+    write("gap.jsonl", [pairs[0], {"chosen": "x", "rejected": None, "prompt": "y"}])
+    write("mixed.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": [2]}])
+    Path("rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def flags(stage: str, **more) -> list[str]:
+    """QUICK[stage] as flags."""
+    values = QUICK[stage] | more
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model/model.safetensors")
+
+
+def same(first: str, second: str) -> bool:
+    one, two = weights(first), weights(second)
+    return set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- the whole pipeline -----------------------------------------------------------------------------------------------
+
+
+def test_one_command_runs_all_stages_and_a_second_start_skips_them(capsys):
+    config = {"model": "model", "dataset": "reviews.jsonl", "pairs": 40, "seed": 3, **QUICK}
+    Path("pipeline.yaml").write_text(yaml.safe_dump(config))
+    command = ["pipeline", "--config", "pipeline.yaml", "--output-dir", "whole", "--ppo.total-episodes", "8"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "1/3 sft" in said and "3/3 ppo" in said and "step 2/2  reward" in said
+    results = json.loads(Path("whole/results.json").read_text())
+    assert results["sft"]["steps"] == 6 and results["sft"]["loss_last"] < results["sft"]["loss_first"]
+    assert 0 <= results["reward"]["eval_accuracy_last"] <= 1 and results["ppo"]["steps"] == 2
+    for name in ("", "sft", "reward", "ppo"):
+        assert Path("whole", name, "curves.png").stat().st_size > 10_000
+    rows = [json.loads(line) for line in Path("whole/data/reward.jsonl").read_text().splitlines()]
+    labels = {json.loads(x)["text"]: json.loads(x)["label"] for x in Path("reviews.jsonl").read_text().splitlines()}
+    assert len(rows) == 36 and all(labels[row["chosen"]] > labels[row["rejected"]] for row in rows)
+    prompt = json.loads(Path("whole/data/ppo.jsonl").read_text().splitlines()[0])["prompt"]
+    assert rows[0]["chosen"].startswith(prompt) and len(prompt.split()) == 5
+    samples = json.loads(Path("whole/ppo/samples.json").read_text())
+    assert len(samples["before"]) == len(samples["after"]) == 2
+    # the stages feed each other: the reward of the samples is the trained reward model's
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    judge = AutoModelForSequenceClassification.from_pretrained("whole/reward/model")
+    one = samples["after"][0]
+    tokens = AutoTokenizer.from_pretrained("model")(one["prompt"], return_tensors="pt").input_ids
+    assert judge(tokens).logits.shape == (1, 1)
+    assert yaml.safe_load(Path("whole/ppo/config.yaml").read_text())["model"] == "whole/sft/model"
+    stamps = {name: Path("whole", name, "model/model.safetensors").stat().st_mtime_ns for name in QUICK}
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+    assert stamps == {name: Path("whole", name, "model/model.safetensors").stat().st_mtime_ns for name in QUICK}
+    # other options are refused, naming them; --overwrite starts anew
+    assert main([*command, "--ppo.kl-coef", "0.5"]) == 1
+    assert "other options (kl_coef was None, is 0.5)" in capsys.readouterr().err
+    assert main([*command, "--pairs", "30"]) == 1
+    assert "pairs was 40, is 30" in capsys.readouterr().err
+
+
+def test_a_stage_can_be_left_out_and_rewarded_otherwise():
+    config = {"model": "model", "dataset": "pairs.jsonl", "sft": False, "reward": False}
+    config["ppo"] = QUICK["ppo"] | {"reward": "rewards.py:vowels", "total_episodes": 8}
+    Path("ppo.yaml").write_text(yaml.safe_dump(config))
+    assert main(["pipeline", "--config", "ppo.yaml", "--output-dir", "alone"]) == 0
+    lines = read_metrics("alone/ppo")
+    assert not Path("alone/sft").exists() and [line["step"] for line in lines] == [1, 2, 2]
+    assert "eval_objective/scores" in lines[2] and "objective/scores" in lines[1]
+    # the stage's own config.yaml does the stage again
+    assert main(["ppo", "--config", "alone/ppo/config.yaml", "--output-dir", "again"]) == 0
+    assert same("alone/ppo", "again")
+
+
+# --- single stages ----------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_merged_in_the_saved_model():
+    from transformers import AutoModelForCausalLM
+
+    command = ["sft", "--model", "model", "--dataset", "pairs.jsonl", *flags("sft"), "--lora-rank", "4"]
+    assert main([*command, "--output-dir", "lora"]) == 0
+    assert Path("lora/adapter/adapter_config.json").is_file() and not Path("lora/model/adapter_config.json").exists()
+    tuned, before = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("lora/model", "model"))
+    assert set(tuned) == set(before) and not all(torch.equal(tuned[name], before[name]) for name in before)
+    lines = read_metrics("lora")
+    assert [line["step"] for line in lines] == [2, 4, 6] and "mean_token_accuracy" in lines[0]
+
+
+def test_ppo_gives_columns_to_the_reward_and_takes_a_value_model():
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained("model", num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained("critic")
+    command = ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "rewards.py:columns", *flags("ppo")]
+    assert main([*command, "--value-model", "critic", "--output-dir", "columns", "--no-ds3-gather-for-generation"]) == 0
+    assert len(read_metrics("columns")) == 4
+    kept = yaml.safe_load(Path("columns/config.yaml").read_text())
+    assert kept["value_model"] == "critic" and kept["ds3_gather_for_generation"] is False and "vf_coef" not in kept
+
+
+def test_a_classifier_with_other_tokens_reads_text():
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    tokenizer = train_tokenizer(["a few other words"], vocab_size=280)
+    config = AutoConfig.from_pretrained("model", num_labels=2, vocab_size=len(tokenizer))
+    AutoModelForSequenceClassification.from_config(config).save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    command = ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "other", *flags("ppo")]
+    assert main([*command, "--total-episodes", "4", "--output-dir", "judged"]) == 0
+    assert len(read_metrics("judged")) == 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_ctrl_c_saves_and_the_same_command_goes_on(stage, monkeypatch, capsys):
+    """The first Ctrl-C, in the second step; the final weights are those of a run without it."""
+    from fastppo.cli.screen import Screen
+
+    data = "prompts.jsonl" if stage == "ppo" else "pairs.jsonl"
+    command = [stage, "--model", "model", "--dataset", data, *flags(stage, logging_steps=1)]
+    command += ["--reward", "rewards.py:vowels"] if stage == "ppo" else []
+    plain, shown = Screen.step, []
+
+    def step(self, told):
+        plain(self, told)
+        shown.append(told.number)
+        if len(shown) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Screen, "step", step)
+    assert main([*command, "--output-dir", f"{stage}-cut"]) == 130
+    said = capsys.readouterr().out
+    assert "Stopping after this step" in said and "The same command goes on from there" in said
+    assert not Path(f"{stage}-cut/model").exists() and len(read_metrics(f"{stage}-cut")) in (2, 3)
+    assert main([*command, "--output-dir", f"{stage}-cut"]) == 0
+    assert main([*command, "--output-dir", f"{stage}-whole"]) == 0
+    assert same(f"{stage}-cut", f"{stage}-whole")
+    steps = [line["step"] for line in read_metrics(f"{stage}-cut")]
+    assert steps == [line["step"] for line in read_metrics(f"{stage}-whole")]
+
+
+# --- what cannot work is named ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["sft", "--dataset", "pairs.jsonl"], "--model is required"),
+        (["sft", "--model", "model"], "--dataset is required"),
+        (["ppo", "--model", "model", "--dataset", "prompts.jsonl"], "--reward is required"),
+        (["sft", "--model", "model", "--dataset", "nowhere.jsonl"], "--dataset: there is no file nowhere.jsonl"),
+        (["sft", "--model", "model", "--dataset", "empty.jsonl"], "empty.jsonl is empty"),
+        (["sft", "--model", "./none", "--dataset", "pairs.jsonl"], "--model: ./none is no folder here"),
+        (["sft", "--model", "model", "--dataset", "prompts.jsonl"], "it has query, answer"),
+        (
+            ["reward", "--model", "model", "--dataset", "prompts.jsonl"],
+            "needs the columns chosen + rejected or chosen_ids + rejected_ids or text + label; it has query, answer",
+        ),
+        (["reward", "--model", "model", "--dataset", "gap.jsonl"], "row 2 has no 'rejected', which the first row has"),
+        (
+            ["reward", "--model", "model", "--dataset", "pairs.jsonl", "--eval-dataset", "no.jsonl"],
+            "--eval-dataset: there is no file no.jsonl",
+        ),
+        (["sft", "--model", "model", "--dataset", "mixed.jsonl"], "a column holds values of different kinds"),
+        (["sft", "--model", "model", "--dataset", "pairs.jsonl", "--lora-rank", "0"], "--lora-rank must be at least 1"),
+        (
+            ["sft", "--model", "model", "--dataset", "pairs.jsonl", "--truncation-mode", "left"],
+            "truncation_mode must be",
+        ),
+        (
+            ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "rewards.py:vowel"],
+            "Did you mean 'vowels'",
+        ),
+        (
+            ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "rewards.py:raises"],
+            "reward rewards.py:raises raised LookupError: no dictionary",
+        ),
+        (
+            ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "rewards.py:nan"],
+            "returned nan for response 0",
+        ),
+        (
+            ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "rewards.py:vowels"]
+            + ["--response-length", "250"],
+            "smaller --response-length",
+        ),
+        (
+            ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "rewards.py:vowels"]
+            + ["--num-mini-batches", "3"],
+            "multiple of `num_mini_batches`",
+        ),
+        (["pipeline", "--model", "model"], "--dataset is required"),
+        (["pipeline", "--model", "model", "--dataset", "gap.jsonl"], "row 2 has no 'rejected'"),
+        (["pipeline", "--model", "model", "--dataset", "pairs.jsonl", "--pairs", "3"], "at least 10 pairs"),
+    ],
+)
+def test_errors_name_the_flag_the_file_or_the_column(argv, wanted, capsys, tmp_path):
+    assert main([*argv, "--output-dir", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert wanted in " ".join(said.split()) and "Traceback" not in said
+    assert not list(tmp_path.glob("run/**/model"))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"modle": "model"}, "sets 'modle', which is no option. Did you mean 'model'?"),
+        ({"sft": {"lerning-rate": 1}}, "section sft of the pipeline sets 'lerning_rate', which is no option. Did you"),
+        ({"ppo": {"response_length": "long"}}, "section ppo of the pipeline: response_length must be int; got 'long'"),
+        ({"ppo": {"kl_estimator": "k2"}}, "kl_estimator must be typing.Literal['k1', 'k3']; got 'k2'"),
+        ({"reward": False}, "--reward is required"),
+        ({"reward": 3}, "reward must hold 'name: value' lines, or be false; got 3"),
+    ],
+)
+def test_errors_of_the_pipelines_file_come_before_any_stage(config, wanted, capsys, tmp_path):
+    Path("wrong.yaml").write_text(yaml.safe_dump({"model": "model", "dataset": "pairs.jsonl", **config}))
+    assert main(["pipeline", "--config", "wrong.yaml", "--output-dir", str(tmp_path / "run")]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert wanted in said and not (tmp_path / "run").exists()
+
+
+def test_a_wrong_flag_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["pipeline", "--model", "m", "--dataset", "d", "--ppo.total-episode", "8"])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "--total-episodes" in said.out + said.err
+
+
+def test_flags_of_stages_are_told_apart():
+    own, stages = split_flags(["--model", "m", "--sft.max-steps", "3", "--overwrite", "--ppo.no-x", "--seed=1"])
+    assert own == ["--model", "m", "--overwrite", "--seed=1"]
+    assert stages == {"sft": ["--max-steps", "3"], "reward": [], "ppo": ["--no-x"]}
+
+
+def test_conversations_become_demonstrations_and_prompts():
+    from fastppo.cli.pairs import demonstration, prompt_of
+
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    whole = {"chosen": [question, answer], "rejected": [question]}
+    assert demonstration(whole) == {"messages": [question, answer]} and prompt_of(whole, 5) == {"prompt": [question]}
+    split = {"prompt": [question], "chosen": [answer], "rejected": [answer]}
+    assert demonstration(split) == {"prompt": [question], "completion": [answer]}
+    assert prompt_of(split, 5) == {"prompt": [question]}
+    assert prompt_of({"chosen": "one two three"}, 2) == {"prompt": "one two"}
