@@ -2,10 +2,14 @@
 
 import html.parser
 import json
+import shutil
+import subprocess
+import warnings
 
 import pytest
 
-from fastppo.report import ReportError, read_run, trailing_mean, write_report
+from fastppo.report import ReportError, column, read_run, trailing_mean, write_report
+from fastppo.report.plots import COLOURS, thinned
 
 
 def make_run(folder, steps=20, **columns):
@@ -26,15 +30,20 @@ def make_run(folder, steps=20, **columns):
 
 
 class Page(html.parser.HTMLParser):
-    """Collects tags and checks that nothing outside the page is asked for."""
+    """Collects tags, what they ask for, and the elements that are never closed or closed out of turn."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.sources = [], []
+        self.tags, self.sources, self.open = [], [], []
         self.feed(text)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
         self.sources += [value for name, value in attrs if name in ("src", "href")]
 
 
@@ -87,3 +96,136 @@ def test_the_command_writes_a_page_and_names_a_folder_that_is_no_run(tmp_path, c
     assert (tmp_path / "page.html").is_file() and "page.html" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "nothing")]) == 1
     assert "nothing: no metrics.jsonl" in capsys.readouterr().err
+
+
+def png_pixels(path):
+    """uint8 [height, width, 3]."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def browser():
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def render(page, picture, width, height):
+    """What the browser's console said; the page as it looks is in `picture`."""
+    command = [
+        browser(),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+    ]
+    command += [f"--user-data-dir={picture.parent / 'profile'}", f"--window-size={width},{height}"]
+    done = subprocess.run(
+        [*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert picture.is_file(), done.stderr[-2000:]
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def share_of(pixels, colour, tolerance=12):
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return float((abs(pixels.astype(int) - rgb).max(-1) <= tolerance).mean())
+
+
+def test_the_page_looks_like_its_runs_in_a_browser(tmp_path):
+    """Rendered where a browser is installed; everywhere, parsed, and its plots looked at as PNG."""
+    names = ("first", "second", "third")
+    runs = [make_run(tmp_path / name, steps=12, **{"env/reward_mean": i}) for i, name in enumerate(names)]
+    page = write_report(runs, tmp_path / "report.html")
+    parsed = Page(page.read_text())
+    assert parsed.open == [], "every element is closed"
+    assert all(source.startswith("data:image/svg+xml") for source in parsed.sources)
+    for plot in (tmp_path / "report_plots").glob("*.png"):
+        assert share_of(png_pixels(plot), COLOURS[2]) > 1e-3, f"{plot.name} shows no third run"
+    if browser() is None:
+        warnings.warn("no chromium or chrome here: the page was parsed, not rendered", stacklevel=1)
+        return
+    for width in (1280, 390):
+        assert render(page, tmp_path / f"{width}.png", width, 1600) == []
+        pixels = png_pixels(tmp_path / f"{width}.png")
+        assert pixels.std() > 5, "not blank"
+        assert all(share_of(pixels, colour) > 1e-5 for colour in COLOURS[:3]), "each run's line is drawn"
+
+
+def test_runs_of_transformers_trainers_are_read_from_their_newest_whole_checkpoint(tmp_path):
+    for step, whole in ((10, True), (20, True), (30, False)):
+        folder = tmp_path / "sft" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        log = [{"step": i, "loss": 3.0 - i / 20, "mean_token_accuracy": i / 40} for i in range(10, step + 1, 10)]
+        log.append({"step": step, "eval_loss": 2.5})
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}) if whole else '{"log_his')
+    run = read_run(tmp_path / "sft")
+    assert [row["step"] for row in run.rows] == [10, 20] and run.rows[-1]["eval_loss"] == 2.5
+    page = Page(write_report([tmp_path / "sft"], tmp_path / "r.html").read_text())
+    assert page.tags.count("img") == 3  # loss, evaluation loss, accuracy
+
+
+def test_classic_and_late_runs_share_their_panels(tmp_path):
+    classic = make_run(tmp_path / "classic", steps=3)
+    (tmp_path / "late").mkdir()
+    row = {"step": 1, "objective/scores": 0.5, "objective/kl": 2.0, "policy/clipfrac_avg": 0.1}
+    (tmp_path / "late" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    write_report([classic, tmp_path / "late"], tmp_path / "r.html")
+    plots = {path.stem for path in (tmp_path / "r_plots").glob("*.png")}
+    assert plots == {"reward", "kl", "clip_fraction", "throughput"}
+
+
+def test_memory_and_speed_by_phase_come_from_what_the_trainer_logs(tmp_path):
+    columns = {"fastppo/peak_memory_bytes": 3 * 2**30, "time/loop/generate": 0.5, "time/loop/reward": 0.0}
+    run = read_run(make_run(tmp_path / "run", steps=2, **columns, **{"time/loop/step": 1.5}))
+    assert column(run, "report/peak_memory_gib") == ([1, 2], [3.0, 3.0])
+    # 900 response tokens per second of the whole 2 s are 1,800 tokens, made in 0.5 s
+    assert column(run, "report/generate_tokens_per_s")[1] == [3600.0, 3600.0]
+
+
+def test_a_step_logged_again_after_a_resume_counts_once(tmp_path):
+    run = make_run(tmp_path / "run", steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "env/reward_mean": 7.0}\n{"step": 4, "env/reward_mean": 8.0}\n')
+    rows = read_run(run).rows
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[1]["env/reward_mean"] == 7.0
+
+
+def test_settings_in_which_runs_differ_are_shown_side_by_side(tmp_path):
+    runs = [make_run(tmp_path / name, steps=2) for name in ("a", "b")]
+    (runs[1] / "config.yaml").write_text("learning_rate: 0.01\n")
+    (runs[1] / "info.json").write_text('{"torch": "2.13.0"}')
+    text = write_report(runs, tmp_path / "r.html").read_text()
+    assert "<td>learning_rate</td><td>0.001</td><td>0.01</td>" in text
+    assert "<td>torch</td><td>—</td><td>2.13.0</td>" in text
+    assert "What differs" not in write_report(runs[:1], tmp_path / "one.html").read_text()
+
+
+def test_runs_of_one_name_are_told_apart_and_old_plots_go(tmp_path):
+    for parent in ("x", "y"):
+        (tmp_path / parent).mkdir()
+    runs = [make_run(tmp_path / parent / "run", steps=2) for parent in ("x", "y")]
+    (tmp_path / "r_plots").mkdir()
+    (tmp_path / "r_plots" / "old.png").touch()
+    assert "<h1>x/run, y/run, y/run (2)</h1>" in write_report([*runs, runs[1]], tmp_path / "r.html").read_text()
+    assert not (tmp_path / "r_plots" / "old.png").exists()
+
+
+def test_long_runs_keep_their_extremes():
+    values = [float(i % 100 == 50) for i in range(10_000)]
+    steps, kept = thinned(range(10_000), values, most=100)
+    assert len(kept) <= 100 and max(kept) == 1.0 and min(kept) == 0.0 and steps == sorted(steps)
+
+
+def test_the_same_runs_give_the_same_page(tmp_path):
+    run = make_run(tmp_path / "run", steps=2)
+    assert write_report([run], tmp_path / "1.html").read_text() == write_report([run], tmp_path / "2.html").read_text()
+
+
+@pytest.mark.parametrize("name, text", [("samples.json", "[1]"), ("info.json", "{"), ("config.yaml", "a: [")])
+def test_a_damaged_file_beside_the_metrics_is_named(tmp_path, name, text):
+    run = make_run(tmp_path / "run", steps=1)
+    (run / name).write_text(text)
+    with pytest.raises(ReportError, match=name):
+        write_report([run], tmp_path / "r.html")

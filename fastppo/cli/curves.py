@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-INK, PALE, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+from fastppo.report.plots import GRID, INK, PALE, trailing_mean
+
 # key in metrics.jsonl, title, unit, colour
 PANELS = (
     ("env/reward_mean", "Reward", "mean score of a batch, band: ± one standard deviation", "#0b7a75"),
@@ -13,11 +14,6 @@ PANELS = (
     ("objective/entropy", "Entropy", "nats per response", "#5b5f97"),
     ("perf/response_tokens_per_second", "Throughput", "response tokens per second, whole step", "#b8860b"),
 )
-
-
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over `window` steps."""
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
 def column(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
@@ -31,7 +27,7 @@ def draw_panel(axes: Any, rows: Sequence[dict[str, Any]], panel: tuple[str, str,
     rows = [row for row in rows if key in row]  # training and evaluation have lines of their own
     steps, values = column(rows, "step"), column(rows, key)
     window = max(1, len(rows) // 12)
-    trend = smooth(values, window)
+    trend = trailing_mean(values, window)
     if "env/reward_std" in rows[0] and key == "env/reward_mean":
         spread = column(rows, "env/reward_std")
         low, high = ([v + sign * s for v, s in zip(trend, spread, strict=True)] for sign in (-1, 1))

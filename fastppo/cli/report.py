@@ -1,4 +1,4 @@
-"""`fastppo report RUN [RUN...]`: one HTML page over the folders that demo and train write."""
+"""`fastppo report RUN [RUN...]`: one HTML page over run folders of demo and train, and of the trainers' own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class ReportOptions:
     """Draw the curves of one or more runs into one self-contained HTML page, with PNGs beside it."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Run folders, as --output-dir of demo or train named them."""
+    """Run folders: --output-dir of demo or train, or output_dir of the late PPO, SFT or reward trainer."""
 
     output: Path = Path("report.html")
     """The page to write."""
