@@ -1,7 +1,6 @@
 """`fastppo sft | reward | ppo | pipeline` on tiny models: one command for all stages, skipping, resuming, clear errors."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -29,8 +28,8 @@ QUICK = {
 QUICK["ppo"] |= {"num_sample_generations": 0, "learning-rate": 1e-3, "temperature": 1.0, "probes": 2}
 
 
-def write(path: str, rows: list[dict]) -> None:
-    Path(path).write_text("\n".join(map(json.dumps, rows)))
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)))
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +44,14 @@ def place(tmp_path_factory) -> Path:
     train_language_model(model, tokenizer, texts, 30, 0, lambda step, loss: None)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    os.chdir(folder)
-    write("reviews.jsonl", [{"text": text, "label": int(happiness(text) > 0)} for text in texts])
+    write(folder / "reviews.jsonl", [{"text": text, "label": int(happiness(text) > 0)} for text in texts])
     pairs = [{"prompt": a[0], "chosen": " " + a[1], "rejected": " " + b[1]} for a, b in zip(stories, stories[1:])]  # noqa: B905
-    write("pairs.jsonl", pairs)
-    write("prompts.jsonl", [{"query": opening, "answer": 3 + i % 3} for i, (opening, _) in enumerate(stories)])
-    Path("empty.jsonl").write_text("")
-    write("gap.jsonl", [pairs[0], {"chosen": "x", "rejected": None, "prompt": "y"}])
-    write("mixed.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": [2]}])
-    Path("rewards.py").write_text(REWARDS)
+    write(folder / "pairs.jsonl", pairs)
+    write(folder / "prompts.jsonl", [{"query": opening, "answer": 3 + i % 3} for i, (opening, _) in enumerate(stories)])
+    (folder / "empty.jsonl").write_text("")
+    write(folder / "gap.jsonl", [pairs[0], {"chosen": "x", "rejected": None, "prompt": "y"}])
+    write(folder / "mixed.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": [2]}])
+    (folder / "rewards.py").write_text(REWARDS)
     return folder
 
 
