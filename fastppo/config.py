@@ -57,49 +57,49 @@ class PPOConfig:
 
     # --- run
     exp_name: str = field(default_factory=_script_name)
-    seed: int = 0
+    seed: int = 0  # of sampling, shuffling and torch
     log_with: str | None = None  # a tracker that accelerate knows: "wandb", "tensorboard", ...
-    task_name: str | None = None
+    task_name: str | None = None  # kept for scripts that read it; not used
     model_name: str | None = "gpt2"
     query_dataset: str | None = "stanfordnlp/imdb"
     reward_model: str | None = "sentiment-analysis:lvwerra/distilbert-imdb"
-    remove_unused_columns: bool = True
-    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
-    accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
-    project_kwargs: dict[str, Any] = field(default_factory=dict)
+    remove_unused_columns: bool = True  # of the dataset that no data collator asks for
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)  # of the tracker's own set-up
+    accelerator_kwargs: dict[str, Any] = field(default_factory=dict)  # of accelerate.Accelerator
+    project_kwargs: dict[str, Any] = field(default_factory=dict)  # of accelerate.ProjectConfiguration, like logging_dir
     tracker_project_name: str = "trl"
     push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
     # --- PPO
     steps: int = 20000  # sequences seen in the whole run
-    learning_rate: float = 1.41e-5
-    adap_kl_ctrl: bool = True
+    learning_rate: float = 1.41e-5  # Adam's, where no optimizer is given
+    adap_kl_ctrl: bool = True  # move the KL coefficient towards target; False: keep init_kl_coef
     init_kl_coef: float | None = 0.2  # beta: reward = score - beta * KL
     kl_penalty: str = "kl"  # KL_PENALTIES
     target: float | None = 6.0  # nats per response that the adaptive controller aims at
     horizon: float | None = 10000.0  # sequences over which the adaptive controller moves
     gamma: float = 1.0  # [0, 1]
     lam: float = 0.95  # [0, 1], lambda of GAE
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
+    cliprange: float = 0.2  # of the probability ratio: 1 - cliprange to 1 + cliprange
+    cliprange_value: float = 0.2  # how far a value may move from the old one
+    vf_coef: float = 0.1  # weight of the value loss
     batch_size: int = 128  # sequences per step()
     forward_batch_size: int | None = None  # deprecated: overrides mini_batch_size
-    mini_batch_size: int = 128
-    gradient_accumulation_steps: int = 1
+    mini_batch_size: int = 128  # sequences per backward pass
+    gradient_accumulation_steps: int = 1  # mini-batches per optimizer step
     world_size: int | None = None  # set by the trainer
-    ppo_epochs: int = 4
-    max_grad_norm: float | None = None
+    ppo_epochs: int = 4  # passes over each batch
+    max_grad_norm: float | None = None  # gradients are scaled down to this norm; None: never
     optimize_cuda_cache: bool | None = None  # deprecated: optimize_device_cache
-    optimize_device_cache: bool = False
-    early_stopping: bool = False
+    optimize_device_cache: bool = False  # empty the device's cache around each step: less memory, slower
+    early_stopping: bool = False  # end a batch's epochs when the policy has moved target_kl from the old one
     target_kl: float = 1.0  # early stopping at 1.5 times this
     compare_steps: int = 1
     ratio_threshold: float = 10.0  # a mini-batch whose mean ratio is above it changes nothing
-    use_score_scaling: bool = False
-    use_score_norm: bool = False
-    score_clip: float | None = None
-    whiten_rewards: bool = False
-    gradient_checkpointing: bool = False
+    use_score_scaling: bool = False  # divide scores by their running standard deviation
+    use_score_norm: bool = False  # with use_score_scaling: subtract their running mean first
+    score_clip: float | None = None  # scores are cut to +- this after scaling
+    whiten_rewards: bool = False  # per-token rewards to mean 0, standard deviation 1
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
     is_encoder_decoder: bool | None = None  # set by the trainer
     is_peft_model: bool | None = None  # set by the trainer
     backward_batch_size: int | None = None  # derived: mini_batch_size * gradient_accumulation_steps

@@ -249,6 +249,8 @@ def test_a_policy_that_does_not_fit_leaves_no_half_of_it(tmp_path):
 def test_sparkline_rises_with_its_values():
     assert sparkline([0, 1, 2, 3]) == "▁▃▅█" and sparkline([]) == "" and sparkline([2, 2]) == "▁▁"
     assert len(sparkline(list(range(1000)))) <= 48
+    nan, inf = float("nan"), float("inf")
+    assert sparkline([0, nan, 3, inf]) == "▁█" and sparkline([nan]) == ""  # a run that diverges is still shown
 
 
 @pytest.mark.parametrize("terminal", [True, False])

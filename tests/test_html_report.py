@@ -84,6 +84,13 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, content, words):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_folder_of_runs_names_them(tmp_path):
+    for name in ("sft", "ppo"):
+        make_run(tmp_path / name, steps=1)
+    with pytest.raises(ReportError, match="its folders are runs: fastppo report .*ppo .*sft$"):
+        read_run(tmp_path)
+
+
 def test_trailing_mean_by_hand():
     assert trailing_mean([1, 3, 5, 7], 2) == [1, 2, 4, 6]
 

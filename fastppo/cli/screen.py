@@ -1,5 +1,6 @@
 """What a run looks like in the terminal: live while it is one, one plain line per step when it is a file or a pipe."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -24,7 +25,8 @@ COLUMNS = (
 
 
 def sparkline(values: Sequence[float], width: int = 48) -> str:
-    """The values as a row of bars, the last `width` groups of them."""
+    """The values as a row of bars, in at most `width` groups. NaN and infinity, of a run that diverges, have none."""
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
     size = -(-len(values) // width)

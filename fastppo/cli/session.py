@@ -83,6 +83,10 @@ def quiet_libraries() -> Iterator[None]:
 def run_session(trainer: Any, prompts: list[Prompt], reward: Reward, options: LoopOptions, session: Session) -> int:
     """Run the loop, show the result; the exit status (130 after an interrupt, as shells expect)."""
     with session.screen, quiet_libraries():
-        outcome = run_loop(trainer, prompts, reward, options, session)
+        try:
+            outcome = run_loop(trainer, prompts, reward, options, session)
+        finally:
+            for tracker in trainer.accelerator.trackers:  # of --log-with: what they hold back is sent now
+                tracker.finish()
     session.tell(outcome)
     return 130 if outcome.ended == "interrupted" else 0

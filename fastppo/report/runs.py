@@ -57,16 +57,21 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
             history = read_object(source, json.loads).get("log_history") or []
             rows = [{**row, "step": row.get("step")} for row in history if isinstance(row, Mapping)]
         else:
-            raise ReportError(
-                f"{folder}: no metrics.jsonl and no trainer_state.json there; a run folder is what --output-dir (or a "
-                "trainer's output_dir) names"
-            )
+            raise ReportError(f"{folder}: no metrics.jsonl and no trainer_state.json there; {what_instead(folder)}")
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{folder}: {error}") from error
     rows = [row for row in rows if type(row.get("step")) is int]
     if not rows:
         raise ReportError(f"{source}: not one finished step in it")
     return rows
+
+
+def what_instead(folder: Path) -> str:
+    """What to name in place of a folder that is no run: the runs in it, if there are any."""
+    inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    if inside:
+        return f"its folders are runs: fastppo report {' '.join(map(str, inside[:8]))}{' ...' if inside[8:] else ''}"
+    return "a run folder is what --output-dir (or a trainer's output_dir) names"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ class BaseTrainer(PyTorchModelHubMixin):
             logs["game_log"] = tracking.game_log(batch, rewards, columns_to_log, self.accelerator)
         if not self.accelerator.is_main_process:
             return
-        logs |= tracking.reward_stats(rewards)
+        logs = tracking.loggable(logs | tracking.reward_stats(rewards), self.config.log_with)
         tensorboard = self.config.log_with == "tensorboard"
         self.current_step += tensorboard
         self.accelerator.log(logs, step=self.current_step if tensorboard else None)

@@ -51,3 +51,10 @@ def reward_stats(rewards: torch.Tensor) -> dict:
         "env/reward_std": std(rewards).item(),
         "env/reward_dist": rewards.cpu().numpy(),
     }
+
+
+def loggable(logs: dict, tracker: str | None) -> dict:
+    """What the tracker can take: trackio warns of each array in every step, so it gets the numbers alone."""
+    if tracker != "trackio":
+        return logs
+    return {name: float(value) for name, value in logs.items() if getattr(value, "ndim", 0) == 0}

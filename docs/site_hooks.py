@@ -1,0 +1,71 @@
+"""mkdocs hook: makes settings.md, every field of the four configurations with its default and what its line says of it."""
+
+import dataclasses
+from typing import Any
+
+HEAD = """# Every setting
+
+Read from the classes when this site is built. On the command line, `learning_rate` is
+`--learning-rate`. An unknown name or a value out of range raises and names the nearest valid one.
+"""
+
+
+def default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{field.default!r}`"
+    name = getattr(field.default_factory, "__name__", "")
+    return f"`{field.default_factory()!r}`" if name in ("dict", "list") else "set when made"
+
+
+def table(rows: list[tuple[dataclasses.Field, str]]) -> str:
+    lines = [
+        f"| `{f.name}` | {default(f)} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for f, text in rows
+    ]
+    return "\n".join(["| setting | default | |", "|---|---|---|", *lines])
+
+
+def classic() -> str:
+    from fastppo import config
+    from fastppo.cli.options import comments
+    from fastppo.config import PPOConfig
+
+    said = {
+        name: ", ".join(map(repr, getattr(config, text))) if text.isupper() else text
+        for name, text in comments(PPOConfig).items()
+        if not text.isupper() or hasattr(config, text)
+    }
+    return table([(f, said.get(f.name, "")) for f in dataclasses.fields(PPOConfig) if f.init])
+
+
+def over(cls: type, base: type) -> str:
+    """The fields that `cls` adds to `base` or gives another default."""
+    known = {f.name: f.default for f in dataclasses.fields(base)}
+    new: list[Any] = [f for f in dataclasses.fields(cls) if f.init and known.get(f.name, "absent") != f.default]
+    return table([(f, f.metadata.get("help", "")) for f in new if "help" in f.metadata])
+
+
+def page() -> str:
+    from transformers import TrainingArguments
+
+    from fastppo import RewardConfig, SFTConfig
+    from fastppo.experimental.ppo import PPOConfig
+
+    parts = [HEAD, "## PPOConfig of the classic trainer\n", classic()]
+    for title, cls in (
+        ("PPOConfig of the late trainer", PPOConfig),
+        ("SFTConfig", SFTConfig),
+        ("RewardConfig", RewardConfig),
+    ):
+        parts += [
+            f"\n## {title}\n\nWhat it adds to `TrainingArguments`, or sets otherwise.\n",
+            over(cls, TrainingArguments),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Called by mkdocs before it reads the pages."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "settings.md", content=page()))
+    return files
