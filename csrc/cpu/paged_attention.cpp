@@ -546,7 +546,7 @@ void run(const Job& j) {
   const int64_t n = static_cast<int64_t>(todo.size());
   std::atomic<int64_t> next{0};
   // Items differ in length, so threads take the next one; what an item computes does not depend on who takes it.
-  int64_t workers = std::min<int64_t>(n, omp_in_parallel() ? 1 : omp_get_max_threads());
+  int64_t workers = std::min<int64_t>(n, num_threads());
   parallel_for(workers, work / std::max<int64_t>(workers, 1), [&](int64_t, int64_t) {
     thread_local Scratch scratch;
     Worker<T> worker(j, scratch);

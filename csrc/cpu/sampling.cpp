@@ -14,6 +14,7 @@
 
 #include "../ops.h"
 #include "../philox.h"
+#include "sampling.h"
 #include "simd.h"
 
 namespace fastppo {
@@ -411,6 +412,8 @@ class Sampler {
   double sum = 0, dot = 0;
 };
 
+}  // namespace
+
 void sampling(uintptr_t logits, int dtype, int64_t B, int64_t V, int64_t stride, uintptr_t seeds, uintptr_t positions,
               uintptr_t history, uintptr_t history_mask, int64_t L, uintptr_t banned, int64_t banned_stride,
               double temperature, int64_t top_k, double top_p, double min_p, double penalty, double logprob_temperature,
@@ -428,8 +431,6 @@ void sampling(uintptr_t logits, int dtype, int64_t B, int64_t V, int64_t stride,
     for (int64_t b = begin; b < end; ++b) sampler.run(b);
   });
 }
-
-}  // namespace
 
 void bind_sampling(pybind11::module_& m) { m.def("sampling", &sampling, "kernels/sampling.py"); }
 

@@ -11,6 +11,8 @@
 
 #include <omp.h>
 
+#include "team.h"
+
 #if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) && !defined(__clang__))
 #define FASTPPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -60,13 +62,23 @@ FASTPPO_INLINE vec16 exp16(vec16 x) {
   return reinterpret_cast<vec16&>(bits);
 }
 
+// Threads that a parallel_for would use here.
+inline int num_threads() {
+  if (const Team* team = Team::current()) return team->size();
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
 // fn(begin, end) over [0, n) on torch's OpenMP threads; serial where n * work_per_item is too small to share.
 template <typename F>
 inline void parallel_for(int64_t n, int64_t work_per_item, const F& fn) {
-  constexpr int64_t kSerialWork = 1 << 15;
-  int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  constexpr int64_t kSerialWork = 1 << 15, kSerialTeamWork = 1 << 12;
+  int threads = num_threads();
+  if (Team* team = Team::current(); team && n > 1 && n * work_per_item >= kSerialTeamWork) {
+    auto run = [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); };
+    return team->loop(run, &fn, n);
+  }
   if (threads > n) threads = static_cast<int>(n);
-  if (threads <= 1 || n * work_per_item < kSerialWork) {
+  if (threads <= 1 || Team::current() || n * work_per_item < kSerialWork) {
     if (n > 0) fn(int64_t{0}, n);
     return;
   }

@@ -97,6 +97,14 @@ class BlockManager:
         self._release(page)
         return page, seq.block_table[last]
 
+    def blocks_to_extend(self, seq: Sequence, steps: int) -> int:
+        """Free pages needed beyond seq's own for its next `steps` tokens, the first of which append() made room for."""
+        tokens = min(len(seq) + steps - 1, seq.most_tokens)
+        return max(0, self.blocks_for(tokens) - len(seq.block_table))
+
+    def extend(self, seq: Sequence, steps: int) -> None:
+        seq.block_table += [self._take() for _ in range(self.blocks_to_extend(seq, steps))]
+
     def fork(self, parent: Sequence, children: list[Sequence]) -> None:
         """Children share all of parent's pages; the parent gives its own references up."""
         for child in children:

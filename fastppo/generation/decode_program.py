@@ -1,15 +1,28 @@
 """A traced model with this rollout's weights and pages: packs the matrices, hands the list of operations to C++.
 
-Suffixes: N tokens of a step, B sequences, V vocabulary, D hidden.
+Suffixes: N tokens of a step, S steps, B sequences, M pages per sequence, V vocabulary, D hidden.
 """
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from fastppo.attention.paged import KVCache
+from fastppo.generation.memory import free_memory
 from fastppo.generation.trace import KINDS, Op, Program
 from fastppo.kernels._backend import extension
 from fastppo.kernels.paged_attention import DTYPE_CODES
+
+
+class Drawn(NamedTuple):
+    """What several steps sampled; the first counts_B[b] steps of sequence b, the rest is undefined."""
+
+    tokens_SB: torch.Tensor
+    counts_B: torch.Tensor
+    numbers_3SB: torch.Tensor  # log-prob as sampled, log-prob, entropy
+    hidden_SBD: torch.Tensor | None
 
 
 class DecodeProgram:
@@ -21,7 +34,8 @@ class DecodeProgram:
         self.weights = weights
         self._constants = _evaluate(program)
         ops = [self._tuple(op, cache, program.layers.get(i)) for i, op in enumerate(program.ops)]
-        self._run = extension().DecodeProgram(program.sizes, ops, cache.block_size).run
+        self._native = extension().DecodeProgram(program.sizes, ops, cache.block_size)
+        self._run = self._native.run
         self.packed_bytes = sum(x.nbytes for x in self._keep)
 
     def forward(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,10 +63,35 @@ class DecodeProgram:
             self._run(program.split, len(program.ops), len(hidden_ND), len(hidden_ND), *where, given)
         return logits_NV, hidden_ND
 
+    def decode(
+        self, state, left: list[int], steps: int, options, eos: Iterable[int], *, stop_at_end: bool, keep_hidden: bool
+    ) -> Drawn:
+        """Up to `steps` tokens of every sequence of a DecodeState, whose pages hold that many more.
+
+        left: how many tokens each may still get.   options: SamplingOptions without a repetition penalty.   stop_at_end:
+        return as soon as one sequence ends. Tokens below 0 say why a row can't be sampled.
+        """
+        program, (B, M) = self._program, state.block_tables_BM.shape
+        tokens_SB, counts_B = torch.zeros(steps, B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
+        numbers_3SB, left_B = torch.zeros(3, steps, B), torch.tensor(left)
+        hidden_SBD = torch.empty(steps, B, program.sizes[program.hidden]) if keep_hidden else None
+        arrays = (state.tokens_B, state.positions_B, state.seeds_B, left_B, state.block_tables_BM)
+        arrays += (tokens_SB, counts_B, numbers_3SB)
+        addresses = [x.data_ptr() for x in arrays] + [0 if hidden_SBD is None else hidden_SBD.data_ptr()]
+        buffers = (program.tokens, program.positions, program.hidden, program.logits)
+        draw = (options.temperature, options.top_k, options.top_p, options.min_p, options.logprob_temperature)
+        self._native.decode((steps, B, M), addresses, buffers, stop_at_end, list(eos), draw)
+        return Drawn(tokens_SB, counts_B, numbers_3SB, hidden_SBD)
+
+    def close(self) -> None:
+        """The rollout is over: large packed matrices are given back, small ones wait for the next rollout's weights."""
+        if self.packed_bytes > free_memory(torch.device("cpu")) // 8:
+            self._program.packed.clear()
+
     def _tuple(self, op: Op, cache: KVCache, layer: int | None) -> tuple:
         mode, f, p, q = op.mode, op.f, 0, 0
         if op.kind == "linear":
-            mode, p = self._pack(self._constants[op.p])
+            mode, p = self._pack(op.p)
             q = self._address(op.q)
         elif op.kind == "embed":
             table = self._constants[op.p].contiguous()
@@ -75,12 +114,16 @@ class DecodeProgram:
         self._keep.append(x)
         return x.data_ptr()
 
-    def _pack(self, weight_KN: torch.Tensor) -> tuple[int, int]:
+    def _pack(self, node: fx.Node) -> tuple[int, int]:
+        weight_KN = self._constants[node]
         K, N = weight_KN.shape
         half = torch.bfloat16 in (self.weights, weight_KN.dtype)
         if weight_KN.dtype not in (torch.float32, torch.bfloat16):
             weight_KN = weight_KN.float()
-        packed = torch.empty(extension().packed_size(N, K, half), dtype=torch.bfloat16 if half else torch.float32)
+        packed = self._program.packed.get((node, half))
+        if packed is None:  # pages of fresh memory cost more than the packing
+            packed = torch.empty(extension().packed_size(N, K, half), dtype=torch.bfloat16 if half else torch.float32)
+            self._program.packed[node, half] = packed
         k_stride, n_stride = weight_KN.stride()
         source = weight_KN.data_ptr(), weight_KN.dtype == torch.bfloat16
         extension().pack_linear(*source, n_stride, k_stride, N, K, packed.data_ptr(), half)

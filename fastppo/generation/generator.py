@@ -13,11 +13,14 @@ from fastppo.data import Rollout
 from fastppo.generation import fallback
 from fastppo.generation.block_manager import BlockManager
 from fastppo.generation.fast_path import program_for
-from fastppo.generation.model_runner import DecodeState, ModelRunner, Output
+from fastppo.generation.loop import Loop, Record
+from fastppo.generation.memory import free_memory
+from fastppo.generation.model_runner import ModelRunner
 from fastppo.generation.params import GenerationParams, resolve
 from fastppo.generation.probe import probe
+from fastppo.generation.prompts import check_positions, checked, new_token_limits
 from fastppo.generation.sampler import Sampler
-from fastppo.generation.scheduler import Prefill, Scheduler
+from fastppo.generation.scheduler import Scheduler
 from fastppo.generation.sequence import Sequence, group_equal_prompts
 from fastppo.generation.stopping import Stopping
 
@@ -90,9 +93,9 @@ class Generator:
             limits = [int(x) for x in limits]
             generation_kwargs["max_new_tokens"] = max(limits, default=1)
         params = resolve(inner, self.tokenizer, generation_kwargs, logprob_temperature)
-        prompts = _checked(prompts, inner)
+        prompts = checked(prompts, inner)
         n = params.num_return_sequences
-        limits = _limits(prompts, params, limits if isinstance(limits, list) else None)
+        limits = new_token_limits(prompts, params, limits if isinstance(limits, list) else None)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         with _eval_mode(self.model), torch.no_grad():
             if self._layers is None and not params.slow:
@@ -103,7 +106,7 @@ class Generator:
                 return fallback.generate(
                     inner, self.model, prompts, params, [x for x in limits for _ in range(n)], seed
                 )
-            _check_positions(inner, prompts, limits)
+            check_positions(inner, prompts, limits)
             rows = [(p.tolist(), limit) for p, limit in zip(prompts, limits, strict=True) for _ in range(n)]
             seeds = [_sequence_seed(seed, i) for i in range(len(rows))]
             groups = group_equal_prompts([r[0] for r in rows], [r[1] for r in rows], seeds)
@@ -135,6 +138,8 @@ class Generator:
             return record.rollout(prompts)
         finally:
             scheduler.abort()
+            if runner.program is not None:
+                runner.program.close()
             self.num_preemptions = scheduler.num_preemptions
 
     def _num_blocks(self, groups: list[Sequence]) -> int:
@@ -144,154 +149,8 @@ class Generator:
         wanted = sum(-(-(seq.prompt_length + limit) // self.block_size) for seq in groups for limit in seq.limits)
         budget = self.kv_cache_bytes
         if budget is None:
-            budget = _free_memory(attention.unwrap(self.model)) // 2
+            budget = free_memory(attention.unwrap(self.model).get_input_embeddings().weight.device) // 2
         return max(1, min(wanted, budget // KVCache.block_bytes(self._layers, self.block_size)))
-
-
-class Loop:
-    """One step after the other: schedule, run, sample, stop."""
-
-    def __init__(
-        self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, stopping: Stopping, record: "Record"
-    ):
-        self.scheduler, self.runner, self.sampler, self.stopping = scheduler, runner, sampler, stopping
-        self.record = record
-        self._state: DecodeState | None = None
-        self._drawn_B: torch.Tensor | None = None
-
-    def step(self) -> None:
-        step = self.scheduler.schedule()
-        if isinstance(step, Prefill):
-            output = self.runner.prefill(step.chunks)
-            ends = [chunk.seq for chunk in step.chunks if chunk.is_last]
-            repeats = [len(seq.rows) for seq in ends]
-            seqs = self.scheduler.prefilled(step)
-            if seqs:
-                self._sample(seqs, _repeat(output, repeats))
-            return
-        self.runner.cache.copy_blocks(step.copies)
-        if step.changed or step.copies or self._state is None:
-            self._state = self.runner.state(step.seqs)
-        else:
-            self._state = self.runner.advance(self._state, self._drawn_B)
-        self._sample(step.seqs, self.runner.decode(self._state), self._state)
-
-    def _sample(self, seqs: list[Sequence], output: Output, state: DecodeState | None = None) -> None:
-        state = state or self.runner.state(seqs)
-        drawn = self.sampler(output.logits_BV, seqs, state.seeds_B, state.positions_B + 1)
-        self._drawn_B = drawn.tokens_B
-        tokens = drawn.tokens_B.tolist()
-        reasons = self.stopping(seqs, tokens, output.logits_BV)
-        self.record.add(seqs, drawn, output.values_B)
-        for seq, reason in zip(seqs, reasons, strict=True):
-            if reason is not None:
-                self.record.finish_reasons[seq.row] = reason
-        self.scheduler.append(seqs, tokens, reasons)
-
-
-class Record:
-    """What was sampled, step by step; one scatter at the end makes the Rollout."""
-
-    def __init__(self, B: int, pad: int):
-        self.finish_reasons = ["length"] * B
-        self._pad = pad
-        self._rows: list[int] = []
-        self._columns: list[int] = []
-        self._steps: list[tuple[torch.Tensor, ...]] = []
-
-    def add(self, seqs: list[Sequence], drawn, values_B: torch.Tensor | None) -> None:
-        self._rows += [seq.row for seq in seqs]
-        self._columns += [seq.num_new for seq in seqs]
-        numbers = (drawn.tokens_B, drawn.logprob_B, drawn.sampled_logprob_B, drawn.entropy_B)
-        self._steps.append(numbers if values_B is None else (*numbers, values_B))
-
-    def rollout(self, prompts: list[torch.Tensor]) -> Rollout:
-        device = self._steps[0][0].device
-        index = torch.tensor(self._rows, device=device), torch.tensor(self._columns, device=device)
-        shape = len(prompts), max(self._columns) + 1
-        columns = []
-        for numbers in zip(*self._steps, strict=True):
-            flat = torch.cat(numbers)
-            out = flat.new_full(shape, self._pad if flat.dtype == torch.int64 else 0)
-            columns.append(out.index_put_(index, flat))
-        tokens, logprobs, sampled, entropies, *values = columns
-        mask = torch.zeros(shape, dtype=torch.bool, device=device).index_put_(index, torch.tensor(True, device=device))
-        return Rollout(
-            prompts, tokens, mask, logprobs, sampled, values[0] if values else None, entropies, self.finish_reasons
-        )
-
-
-def _repeat(output: Output, repeats: list[int]) -> Output:
-    """A row for each response of each prompt."""
-    if all(n == 1 for n in repeats):
-        return output
-    index = torch.repeat_interleave(torch.tensor(repeats)).to(output.logits_BV.device)
-    return Output(*(x if x is None else x[index] for x in output))
-
-
-def _checked(prompts, model) -> list[torch.Tensor]:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if isinstance(prompts, torch.Tensor) or not isinstance(prompts, (list, tuple)) or not prompts:
-        raise ValueError(
-            f"generate: prompts must be a non-empty list of 1-D int64 tensors; got {type(prompts).__name__}"
-        )
-    checked = []
-    for i, prompt in enumerate(prompts):
-        prompt = torch.as_tensor(prompt)
-        if prompt.dim() != 1 or prompt.is_floating_point() or len(prompt) == 0:
-            got = f"{prompt.dtype} {tuple(prompt.shape)}"
-            raise ValueError(f"generate: prompt {i} must be a 1-D integer tensor with at least one token; got {got}")
-        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
-            raise ValueError(
-                f"generate: prompt {i} has tokens from {int(prompt.min())} to {int(prompt.max())}; "
-                f"the model's vocabulary is 0 .. {vocabulary - 1}"
-            )
-        checked.append(prompt.long())
-    return checked
-
-
-def _limits(prompts, params: GenerationParams, given: list[int] | None) -> list[int]:
-    if given is not None and len(given) != len(prompts):
-        raise ValueError(f"generate: max_new_tokens has {len(given)} numbers for {len(prompts)} prompts")
-    limits = given or [params.max_new_tokens(len(prompt)) for prompt in prompts]
-    for i, limit in enumerate(limits):
-        if limit < 1:
-            raise ValueError(
-                f"generate: prompt {i} of {len(prompts[i])} tokens leaves {limit} new tokens; "
-                "raise max_new_tokens (or max_length)"
-            )
-    return limits
-
-
-def _check_positions(model, prompts, limits) -> None:
-    """Learned positions end; raise before an index error in the middle of a rollout."""
-    table = _position_table(model)
-    if table is None:
-        return
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if len(prompt) + limit - 1 > table:
-            raise ValueError(
-                f"generate: prompt {i} of {len(prompt)} tokens and {limit} new ones need {len(prompt) + limit - 1} "
-                f"positions; {type(model).__name__} has {table}. Cut the prompt or lower max_new_tokens"
-            )
-
-
-def _position_table(model) -> int | None:
-    """How many learned positions the model has; None when positions are computed."""
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is None:
-        return None
-    words = model.get_input_embeddings().weight
-    for module in model.modules():
-        # OPT's table has two more rows than positions
-        if (
-            isinstance(module, nn.Embedding)
-            and module.weight is not words
-            and 0 <= module.num_embeddings - longest <= 2
-        ):
-            return longest
-    return None
 
 
 def _sequence_seed(seed: int, index: int) -> int:
@@ -313,14 +172,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _free_memory(model) -> int:
-    device = model.get_input_embeddings().weight.device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return 4 << 30

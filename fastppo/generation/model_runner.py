@@ -87,10 +87,17 @@ class ModelRunner:
             state.tokens_B, positions_B, PagedDecode(self.cache, slots_B, tables_BM, state.context_lens_B), None
         )
 
+    def decode_steps(self, seqs, steps: int, options, eos, stop_at_end: bool):
+        """Several steps of the program with sampling in between: a Drawn, with hidden states when there is a value head."""
+        left = [seq.limit - seq.num_new for seq in seqs]
+        return self.program.decode(
+            self.state(seqs), left, steps, options, eos, stop_at_end=stop_at_end, keep_hidden=self.v_head is not None
+        )
+
     def _forward(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> Output:
         if self.program is not None:
             logits_BV, hidden_BD = self.program.forward(tokens_N, positions_N, layout, keep)
-            return Output(logits_BV, None if self.v_head is None else self._values(hidden_BD))
+            return Output(logits_BV, None if self.v_head is None else self.values(hidden_BD))
         return self.run_model(tokens_N, positions_N, layout, keep)
 
     def run_model(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> Output:
@@ -104,9 +111,10 @@ class ModelRunner:
         if keep is not None and not self._keeps_logits:
             logits_BV = logits_BV[keep]
             hidden_BD = hidden_BD if hidden_BD is None else hidden_BD[keep]
-        return Output(logits_BV, None if hidden_BD is None else self._values(hidden_BD))
+        return Output(logits_BV, None if hidden_BD is None else self.values(hidden_BD))
 
-    def _values(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+    def values(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """The value head's output for each hidden state, [B] float32."""
         weight = next(self.v_head.parameters(), None)
         if weight is not None:
             hidden_BD = hidden_BD.to(weight.device, weight.dtype)

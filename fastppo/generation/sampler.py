@@ -25,6 +25,16 @@ class Sampler:
         params.config._eos_token_tensor = self._eos if params.eos else None
         self._longest_minimum = max(params.config.min_new_tokens or 0, params.config.min_length or 0)
 
+    @property
+    def options(self) -> SamplingOptions:
+        return self._options
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a token depends on nothing but the logits, the options and the seed."""
+        minimum = self._params.eos and self._longest_minimum
+        return not (self._params.needs_processors or minimum or self._options.repetition_penalty != 1.0)
+
     def __call__(self, logits_BV: torch.Tensor, seqs: list[Sequence], seeds_B, positions_B) -> Sample:
         if not self._params.needs_processors:
             options = {"banned": self._banned(seqs, logits_BV.shape[1]), "history": self._history(seqs)}

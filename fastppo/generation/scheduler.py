@@ -135,12 +135,27 @@ class Scheduler:
         self.running += ready
         return ready
 
+    def reserve(self, seqs: list[Sequence], steps: int) -> int:
+        """Take the pages for `steps` decode steps of `seqs`, whose first step has its own; returns for how many there are."""
+        manager = self.block_manager
+        if self.waiting and len(self.running) < self.max_num_seqs:
+            return 1  # they wait for pages
+        while steps > 1 and sum(manager.blocks_to_extend(seq, steps) for seq in seqs) > manager.num_free:
+            steps //= 2
+        for seq in seqs if steps > 1 else ():
+            manager.extend(seq, steps)
+        return steps
+
     def append(self, seqs: list[Sequence], tokens: list[int], reasons: list[str | None]) -> None:
         """Each sequence got a token; those with a finish reason leave and give their pages back."""
+        self.extend(seqs, [[token] for token in tokens], reasons)
+
+    def extend(self, seqs: list[Sequence], tokens: list[list[int]], reasons: list[str | None]) -> None:
+        """Each sequence got some tokens, of which all but the last are in its pages."""
         finished = False
-        for seq, token, reason in zip(seqs, tokens, reasons, strict=True):
-            seq.num_computed = len(seq.tokens)
-            seq.tokens.append(token)
+        for seq, new, reason in zip(seqs, tokens, reasons, strict=True):
+            seq.tokens += new
+            seq.num_computed = len(seq.tokens) - 1
             if reason is not None:
                 seq.finish_reason = reason
                 self.block_manager.free(seq)

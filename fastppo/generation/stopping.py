@@ -11,7 +11,7 @@ class Stopping:
     """finish reasons: "eos", "length", "stop"."""
 
     def __init__(self, params: GenerationParams, device: torch.device):
-        self._eos = frozenset(params.eos)
+        self.eos = frozenset(params.eos)
         self._criteria = list(params.stopping_criteria)
         self._device = device
         if params.config.stop_strings:
@@ -23,12 +23,18 @@ class Stopping:
                 )
             self._criteria.append(StopStringCriteria(params.arguments["tokenizer"], params.config.stop_strings))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether only end-of-sequence tokens and the length stop a sequence."""
+        return not self._criteria
+
+    def reason(self, seq: Sequence, new: list[int]) -> str | None:
+        """Why `seq` ends with these tokens, the last of which alone may end it."""
+        return "eos" if new[-1] in self.eos else "length" if seq.num_new + len(new) >= seq.limit else None
+
     def __call__(self, seqs: list[Sequence], tokens: list[int], logits_BV: torch.Tensor) -> list[str | None]:
         """The reason for each sequence that ends with its new token, else None."""
-        reasons = [
-            "eos" if token in self._eos else "length" if seq.num_new + 1 >= seq.limit else None
-            for seq, token in zip(seqs, tokens, strict=True)
-        ]
+        reasons = [self.reason(seq, [token]) for seq, token in zip(seqs, tokens, strict=True)]
         if self._criteria:
             self._ask_criteria(seqs, tokens, logits_BV, reasons)
         return reasons

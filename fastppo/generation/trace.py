@@ -97,6 +97,7 @@ class Program:
     hidden: int
     logits: int
     layers: dict[int, int] = field(default_factory=dict)  # index of an attention op -> layer_idx
+    packed: dict[tuple[fx.Node, bool], torch.Tensor] = field(default_factory=dict)  # memory for packed matrices (bf16?)
 
 
 class _Layout:

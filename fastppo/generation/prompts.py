@@ -1,0 +1,73 @@
+"""Checks of prompts and lengths before a rollout begins; every error names the prompt."""
+
+import torch
+from torch import nn
+
+from fastppo.generation.params import GenerationParams
+
+
+def checked(prompts, model) -> list[torch.Tensor]:
+    """The prompts as 1-D int64 tensors within the vocabulary, or ValueError."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if isinstance(prompts, torch.Tensor) or not isinstance(prompts, (list, tuple)) or not prompts:
+        raise ValueError(
+            f"generate: prompts must be a non-empty list of 1-D int64 tensors; got {type(prompts).__name__}"
+        )
+    checked = []
+    for i, prompt in enumerate(prompts):
+        prompt = torch.as_tensor(prompt)
+        if prompt.dim() != 1 or prompt.is_floating_point() or len(prompt) == 0:
+            got = f"{prompt.dtype} {tuple(prompt.shape)}"
+            raise ValueError(f"generate: prompt {i} must be a 1-D integer tensor with at least one token; got {got}")
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
+            raise ValueError(
+                f"generate: prompt {i} has tokens from {int(prompt.min())} to {int(prompt.max())}; "
+                f"the model's vocabulary is 0 .. {vocabulary - 1}"
+            )
+        checked.append(prompt.long())
+    return checked
+
+
+def new_token_limits(prompts, params: GenerationParams, given: list[int] | None) -> list[int]:
+    """The most new tokens of each prompt, at least one, or ValueError."""
+    if given is not None and len(given) != len(prompts):
+        raise ValueError(f"generate: max_new_tokens has {len(given)} numbers for {len(prompts)} prompts")
+    limits = given or [params.max_new_tokens(len(prompt)) for prompt in prompts]
+    for i, limit in enumerate(limits):
+        if limit < 1:
+            raise ValueError(
+                f"generate: prompt {i} of {len(prompts[i])} tokens leaves {limit} new tokens; "
+                "raise max_new_tokens (or max_length)"
+            )
+    return limits
+
+
+def check_positions(model, prompts, limits) -> None:
+    """Learned positions end; raise before an index error in the middle of a rollout."""
+    table = _position_table(model)
+    if table is None:
+        return
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if len(prompt) + limit - 1 > table:
+            raise ValueError(
+                f"generate: prompt {i} of {len(prompt)} tokens and {limit} new ones need {len(prompt) + limit - 1} "
+                f"positions; {type(model).__name__} has {table}. Cut the prompt or lower max_new_tokens"
+            )
+
+
+def _position_table(model) -> int | None:
+    """How many learned positions the model has; None when positions are computed."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None:
+        return None
+    words = model.get_input_embeddings().weight
+    for module in model.modules():
+        # OPT's table has two more rows than positions
+        if (
+            isinstance(module, nn.Embedding)
+            and module.weight is not words
+            and 0 <= module.num_embeddings - longest <= 2
+        ):
+            return longest
+    return None
