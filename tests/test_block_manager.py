@@ -102,8 +102,8 @@ def test_the_youngest_is_preempted_and_computed_again():
     assert scheduler.block_manager.num_free == 4
 
 
-def _run(scheduler, stop):
-    """One step without a model: tokens are made up. Returns the sequences that ended."""
+def _run(scheduler, stop, steps=1):
+    """One step, or some of decoding, without a model: tokens are made up. Returns the sequences that ended."""
     step = scheduler.schedule()
     if isinstance(step, Prefill):
         assert sum(c.stop - c.start for c in step.chunks) <= scheduler.max_num_batched_tokens
@@ -117,9 +117,29 @@ def _run(scheduler, stop):
         assert len(set(slots)) == len(slots), "two sequences write the same slot"
         for seq, (page, _) in zip(step.seqs, slots, strict=True):
             assert scheduler.block_manager.ref_counts[page] == 1, f"row {seq.row} writes a shared page"
-        seqs = step.seqs
+        return _decode(scheduler, step.seqs, stop, scheduler.reserve(step.seqs, steps))
     reasons = ["length" if seq.num_new + 1 >= seq.limit else stop(seq) for seq in seqs]
     scheduler.append(seqs, [(seq.row * 7 + len(seq)) % 3 for seq in seqs], reasons)
+    return [seq for seq in seqs if seq.finish_reason]
+
+
+def _decode(scheduler, seqs, stop, steps):
+    made, reasons = [], []
+    others_wait, most = bool(scheduler.waiting), steps
+    for seq in seqs:
+        tokens, reason = [], None
+        while reason is None and len(tokens) < most:
+            page = seq.block_table[(len(seq) + len(tokens) - 1) // scheduler.block_manager.block_size]
+            assert scheduler.block_manager.ref_counts[page] == 1, f"row {seq.row} writes a shared page"
+            tokens.append((seq.row * 7 + len(seq) + len(tokens)) % 3)
+            reason = "length" if seq.num_new + len(tokens) >= seq.limit else stop(seq)
+        most = len(tokens) if others_wait and reason else most
+        made.append(tokens)
+        reasons.append(reason)
+    if others_wait:  # all stop where the first one ends
+        reasons = [x if len(t) <= most else None for x, t in zip(reasons, made, strict=True)]
+        made = [t[:most] for t in made]
+    scheduler.extend(seqs, made, reasons)
     return [seq for seq in seqs if seq.finish_reason]
 
 
@@ -139,7 +159,8 @@ def test_random_traffic_never_leaks_frees_twice_or_shares_a_page_that_is_written
     while groups or not scheduler.is_finished:
         if groups and (scheduler.is_finished or data.draw(st.booleans(), "arrival")):
             scheduler.add(groups.pop())
-        ended += _run(scheduler, lambda seq: "eos" if data.draw(st.integers(0, 5), "eos") == 0 else None)
+        at_once = data.draw(st.integers(1, 6), "steps")
+        ended += _run(scheduler, lambda seq: "eos" if data.draw(st.integers(0, 5), "eos") == 0 else None, at_once)
         scheduler.check()
         steps += 1
         assert steps < 2000, "no progress"

@@ -8,6 +8,7 @@ from architectures import tiny
 from test_generation_greedy import greedy_by_transformers, logprobs_by_full_pass, make_prompts
 
 from fastppo.generation import Generator
+from fastppo.generation.decode_program import DecodeProgram
 
 OPTIONS = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -71,6 +72,40 @@ def test_everything_is_as_before_even_after_an_interrupt(name, error):
     loss = model(input_ids=prompts[2][None], labels=prompts[2][None], use_cache=False).loss
     loss.backward()
     model.eval()
+    assert _tokens(generator.generate(prompts, **OPTIONS)) == greedy_by_transformers(model, prompts, 8)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_between_steps_of_the_program_frees_every_page(error, monkeypatch):
+    model, prompts = tiny("llama"), make_prompts()
+    generator, decode, calls = Generator(model), DecodeProgram.decode, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 2:
+            raise error("in the middle")
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(DecodeProgram, "decode", interrupted)
+    with pytest.raises(error, match="in the middle"):
+        generator.generate(prompts, **OPTIONS | dict(max_new_tokens=40))
+    assert len(calls) == 2 and generator.block_manager.num_free == generator.block_manager.num_blocks
+    monkeypatch.undo()
+    assert _tokens(generator.generate(prompts, **OPTIONS)) == greedy_by_transformers(model, prompts, 8)
+
+
+def test_logits_that_cannot_be_sampled_raise_and_free_every_page():
+    model, prompts = tiny("llama"), make_prompts()
+    generator = Generator(model)
+    generator.generate(prompts, **OPTIONS)
+    kept = model.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        generator.generate(prompts, **OPTIONS)
+    assert generator.block_manager.num_free == generator.block_manager.num_blocks
+    with torch.no_grad():
+        model.model.norm.weight.copy_(kept)
     assert _tokens(generator.generate(prompts, **OPTIONS)) == greedy_by_transformers(model, prompts, 8)
 
 
@@ -168,6 +203,19 @@ def test_encoder_decoders_and_their_values():
         logits = model(input_ids=ids, decoder_input_ids=decoder).logits[0]
     wanted = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
     torch.testing.assert_close(rollout.logprobs_BT[i][rollout.mask_BT[i]], wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompt_learning_adapters_are_refused_not_ignored(kind):
+    import peft
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, prompts = peft.get_peft_model(tiny("llama"), config).eval(), make_prompts()
+    with pytest.raises(ValueError, match=f"{kind}.*would be ignored"):
+        Generator(model).generate(prompts, **OPTIONS)
+    with model.disable_adapter():
+        base = model.get_base_model()
+        assert _tokens(Generator(model).generate(prompts, **OPTIONS)) == greedy_by_transformers(base, prompts, 8)
 
 
 def test_the_cache_is_no_larger_than_asked():

@@ -18,7 +18,7 @@ from fastppo.generation.memory import free_memory
 from fastppo.generation.model_runner import ModelRunner
 from fastppo.generation.params import GenerationParams, resolve
 from fastppo.generation.probe import probe
-from fastppo.generation.prompts import check_positions, checked, new_token_limits
+from fastppo.generation.prompts import check_positions, checked, new_token_limits, refuse_prompt_learning
 from fastppo.generation.sampler import Sampler
 from fastppo.generation.scheduler import Scheduler
 from fastppo.generation.sequence import Sequence, group_equal_prompts
@@ -84,9 +84,10 @@ class Generator:
         seed: None draws one from torch's default generator, so `set_seed` reproduces. A response depends on the seed,
         its index and its prompt, not on the rest of the batch.   logprob_temperature: divides the logits in
         `logprobs_BT` and `entropies_BT` (the policy that PPO trains).
-        Raises ValueError for an empty or malformed prompt, an unknown argument (naming the nearest), a length beyond the
+        Raises ValueError for a prompt-learning adapter, an empty or malformed prompt, an unknown argument (naming the nearest), a length beyond the
         model's positions, or a KV cache that can't hold one sequence.
         """
+        refuse_prompt_learning(self.model)
         inner = attention.unwrap(self.model)
         limits = generation_kwargs.get("max_new_tokens")
         if isinstance(limits, (list, tuple, torch.Tensor)):

@@ -24,7 +24,7 @@ class Loop:
     ):
         self.scheduler, self.runner, self.sampler, self.stopping = scheduler, runner, sampler, stopping
         self.record = record
-        self._steps_at_once = STEPS_AT_ONCE if runner.program and sampler.is_plain and stopping.is_plain else 1
+        self._is_plain = sampler.is_plain and stopping.is_plain
         self._state: DecodeState | None = None
         self._drawn_B: torch.Tensor | None = None
 
@@ -39,7 +39,8 @@ class Loop:
                 self._sample(seqs, _repeat(output, repeats))
             return
         self.runner.cache.copy_blocks(step.copies)
-        steps = self.scheduler.reserve(step.seqs, self._steps_at_once)
+        fast = self._is_plain and self.runner.program is not None
+        steps = self.scheduler.reserve(step.seqs, STEPS_AT_ONCE) if fast else 1
         if steps > 1:
             self._decode_several(step.seqs, steps)
             return

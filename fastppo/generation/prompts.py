@@ -6,6 +6,21 @@ from torch import nn
 from fastppo.generation.params import GenerationParams
 
 
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """Raise ValueError for PEFT adapters that are no part of the transformers model, which alone runs here and in training."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if not isinstance(configs, dict) or getattr(module, "_adapters_disabled", False):
+            continue
+        config = configs.get(getattr(module, "active_adapter", None))
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"generate: the active adapter is {type(config).__name__}: prompt-learning adapters live outside the "
+                "model that decodes here and would be ignored; use LoRA or another adapter of the model's layers, or "
+                "call the PEFT model's own generate()"
+            )
+
+
 def checked(prompts, model) -> list[torch.Tensor]:
     """The prompts as 1-D int64 tensors within the vocabulary, or ValueError."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
