@@ -12,7 +12,8 @@ def refuse_prompt_learning(model: nn.Module) -> None:
         configs = getattr(module, "peft_config", None)
         if not isinstance(configs, dict) or getattr(module, "_adapters_disabled", False):
             continue
-        config = configs.get(getattr(module, "active_adapter", None))
+        active = getattr(module, "active_adapter", None)  # a name of a PeftModel, a list of a model with adapters in it
+        config = configs.get(active) if isinstance(active, str) else None
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
                 f"generate: the active adapter is {type(config).__name__}: prompt-learning adapters live outside the "
