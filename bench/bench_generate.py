@@ -71,20 +71,26 @@ def case(name: str, model, B: int, prompt: int, limits: list[int], options, vari
 
 
 def main() -> None:
-    options = harness.arguments(__doc__)
+    options = harness.arguments(__doc__, cases=True)
     options.rounds = min(options.rounds, 5)
     folder = harness.ROOT.parent / "shared" / "models" / "stories260K"
-    half = {"bf16": dict(decode_weights=torch.bfloat16)}
-    if folder.is_dir():
-        case("stories260K", stories(folder), 32, 8, [48] * 32, options, {"fp32": {}})
     small = dict(vocab_size=5000, n_embd=256, n_layer=4, n_head=4)
-    case("gpt2 4x256", gpt2(**small), 16, 32, [64] * 16, options, {"fp32": {}})
-    if options.quick:
-        return
     ragged = [8 + i * 37 % 57 for i in range(64)]
-    case("gpt2 4x256 ragged", gpt2(**small), 64, 32, ragged, options, {"fp32": {}})
-    case("gpt2 124M", gpt2(), 16, 32, [64] * 16, options, {"fp32": {}})
-    case("gpt2 124M", gpt2(), 16, 32, [64] * 16, options, half)
+    half = {"bf16": dict(decode_weights=torch.bfloat16)}
+    cases = {
+        "stories260K": (lambda: stories(folder), 32, 8, [48] * 32, {"fp32": {}}),
+        "gpt2 4x256": (lambda: gpt2(**small), 16, 32, [64] * 16, {"fp32": {}}),
+        "gpt2 4x256 ragged": (lambda: gpt2(**small), 64, 32, ragged, {"fp32": {}}),
+        "gpt2 124M": (gpt2, 16, 32, [64] * 16, {"fp32": {}}),
+        "gpt2 124M, bf16 decode weights": (gpt2, 16, 32, [64] * 16, half),
+    }
+    chosen = options.only or list(cases)[: 2 if options.quick else None]
+    if unknown := set(chosen) - set(cases):
+        raise SystemExit(f"bench_generate: no case {sorted(unknown)}; there are {', '.join(cases)}")
+    for name in chosen:
+        make, B, prompt, limits, variants = cases[name]
+        if name != "stories260K" or folder.is_dir():
+            case(name.partition(",")[0], make(), B, prompt, limits, options, variants)
 
 
 if __name__ == "__main__":

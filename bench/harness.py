@@ -36,8 +36,11 @@ COLUMNS = (
 # fmt: on
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """--device, --csv/--no-csv, --quick (small shapes: to see that it runs) and --rounds, the same in every bench."""
+def arguments(description: str, *, cases: bool = False) -> argparse.Namespace:
+    """--device, --csv/--no-csv, --quick (small shapes: to see that it runs) and --rounds, the same in every bench.
+
+    cases: also --only NAME, once or more.
+    """
     if (
         "OMP_WAIT_POLICY" not in os.environ
     ):  # libgomp's spinning threads fight any neighbour; it reads this only at load
@@ -47,6 +50,8 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small shapes, no CSV rows")
     parser.add_argument("--no-csv", dest="csv", action="store_false")
+    if cases:
+        parser.add_argument("--only", action="append", metavar="NAME", help="run this case (repeat for more)")
     options = parser.parse_args()
     options.device = torch.device(options.device)
     if options.quick:

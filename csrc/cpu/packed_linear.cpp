@@ -10,6 +10,10 @@
 #include <algorithm>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../ops.h"
 #include "amx.h"
 #include "simd.h"
@@ -40,9 +44,10 @@ FASTPPO_INLINE float from_bf16(uint16_t x) {
 
 FASTPPO_INLINE vec16 bits16(ivec16 bits) { return reinterpret_cast<vec16&>(bits); }
 
-// sums [R, 32] (+)= x [R, some k] w. `ahead`: weights of the next panel, fetched while this one is at work, or nullptr.
+// sums [R, 32] (+)= x [R, some k] w. `ahead`: weights of the next panel, fetched while this one is at work, or nullptr;
+// `more`: bytes from there to a second stream, where one tile of rows has to fetch the whole panel (0: none).
 template <int R>
-FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const float* w, const char* ahead, float* sums, bool fresh) {
+FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const float* w, const char* ahead, int64_t more, float* sums, bool fresh) {
   vec16 a[R], b[R];
   for (int r = 0; r < R; ++r) {
     a[r] = fresh ? vec16{} : load16(sums + r * kPanel);
@@ -50,6 +55,7 @@ FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const float* w
   }
   for (int64_t k = 0; k < some; ++k, w += kPanel) {
     if (ahead) __builtin_prefetch(ahead + k * 64, 0, 2);
+    if (ahead && more) __builtin_prefetch(ahead + more + k * 64, 0, 2);
     const vec16 w0 = load16(w), w1 = load16(w + 16);
     for (int r = 0; r < R; ++r) {
       const float xv = x[r * K + k];  // not splat(): its addition would take the multiply-adds' ports
@@ -61,7 +67,7 @@ FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const float* w
 }
 
 template <int R>
-FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const uint16_t* w, const char* ahead, float* sums, bool fresh) {
+FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const uint16_t* w, const char* ahead, int64_t, float* sums, bool fresh) {
   vec16 a[R], b[R];
   for (int r = 0; r < R; ++r) {
     a[r] = fresh ? vec16{} : load16(sums + r * kPanel);
@@ -81,9 +87,9 @@ FASTPPO_INLINE void tile(const float* x, int64_t K, int64_t some, const uint16_t
 }
 
 template <typename T>
-FASTPPO_INLINE void tile_of(int rows, const float* x, int64_t K, int64_t some, const T* w, const char* ahead, float* sums, bool fresh) {
+FASTPPO_INLINE void tile_of(int rows, const float* x, int64_t K, int64_t some, const T* w, const char* ahead, int64_t more, float* sums, bool fresh) {
 #define CASE(R) \
-  case R: return tile<R>(x, K, some, w, ahead, sums, fresh);
+  case R: return tile<R>(x, K, some, w, ahead, more, sums, fresh);
   switch (rows) {
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) default: CASE(8)
   }
@@ -104,7 +110,7 @@ FASTPPO_INLINE void panel_of(const T* w, const float* bias, int columns, const f
       const int R = static_cast<int>(std::min<int64_t>(kTile, rows - r0));
       const int64_t passed = r0 / kTile * line * K + k0 * line;  // of the next panel, fetched by earlier tiles
       const char* ahead = !last && passed < bytes ? reinterpret_cast<const char*>(w) + bytes + passed : nullptr;
-      tile_of(R, x + r0 * K + k0, K, some, w + k0 * kPanel, ahead, sums + r0 * kPanel, k0 == 0);
+      tile_of(R, x + r0 * K + k0, K, some, w + k0 * kPanel, ahead, rows <= kTile ? line * K : 0, sums + r0 * kPanel, k0 == 0);
     }
   }
   float b[kPanel] = {};
@@ -155,10 +161,20 @@ FASTPPO_CLONES void pack_block(const float* from, int64_t n_stride, int64_t k_st
   }
 }
 
+// 4 KiB pages of fresh memory cost as much as the packing, and reading them a page walk every 32 lines. A hint: no error.
+void ask_for_huge_pages(uintptr_t begin, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096, kHuge = 2 << 20;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + bytes) / kPage * kPage;
+  if (bytes >= static_cast<int64_t>(2 * kHuge)) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Weight (n, k) lies at n * n_stride + k * k_stride: nn.Linear and its transpose, GPT-2's Conv1D.
 void pack(uintptr_t weight, bool from_is_bf16, int64_t n_stride, int64_t k_stride, int64_t N, int64_t K, uintptr_t packed,
           bool to_is_bf16) {
   const int64_t size = panel_size(K, to_is_bf16);
+  ask_for_huge_pages(packed, (N + kPanel - 1) / kPanel * size * (to_is_bf16 ? 2 : 4));
   parallel_for((N + kPanel - 1) / kPanel, size, [&](int64_t begin, int64_t end) {
     std::vector<float> wide;
     for (int64_t p = begin; p < end; ++p) {
