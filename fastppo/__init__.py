@@ -3,7 +3,7 @@
 Names are imported when they are first used: `import fastppo` costs little more than `import torch`.
 """
 
-import importlib
+from fastppo.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -29,14 +29,4 @@ _EXPORTS = {
 
 __all__ = ["__version__", *_EXPORTS]
 
-
-def __getattr__(name: str):
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'fastppo' has no attribute {name!r}; it has {', '.join(sorted(_EXPORTS))}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

@@ -20,7 +20,7 @@ def extension() -> ModuleType | str:
     Its OpenMP symbols bind to the libgomp that torch has loaded; where torch brings none, the system's is loaded first.
     """
     try:
-        return importlib.import_module("fastppo._C")
+        return explains_itself(importlib.import_module("fastppo._C"))
     except ModuleNotFoundError:
         return "the extension fastppo._C was not built (run 'pip install .' or 'python setup.py build_ext --inplace')"
     except ImportError as error:
@@ -28,9 +28,22 @@ def extension() -> ModuleType | str:
             return f"the extension fastppo._C does not load: {error}"
     try:
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-        return importlib.import_module("fastppo._C")
+        return explains_itself(importlib.import_module("fastppo._C"))
     except (ImportError, OSError) as error:
         return f"the extension fastppo._C does not load: {error}"
+
+
+def explains_itself(module: ModuleType) -> ModuleType:
+    """The module, whose missing names say why they are missing: it was compiled before the Python beside it was pulled."""
+
+    def __getattr__(name: str):
+        raise AttributeError(
+            f"{module.__name__} has no {name!r}: the compiled extension ({getattr(module, '__file__', 'in memory')}) is older "
+            "than these sources; rebuild it: pip install -e ."
+        )
+
+    module.__getattr__ = __getattr__
+    return module
 
 
 @functools.cache

@@ -122,6 +122,22 @@ def batches(case: dict, count: int):
         yield queries, responses, scores, masks if case.get("masks") else None
 
 
+SAMPLE = {"do_sample": True, "top_k": 0.0, "top_p": 1.0, "min_length": -1, "pad_token_id": 0, "max_new_tokens": 8}
+
+
+def batch(case: dict | None = None):
+    """The first step's (queries, responses, scores, masks)."""
+    return next(batches(case or {}, 1))
+
+
+def weights(made) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in made.model.parameters()]
+
+
+def changed(before: list[torch.Tensor], made) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
+
+
 def counting_tokens(case: dict) -> list[np.ndarray]:
     """bool [B, T] per step: True at the columns whose next token is a response token that counts."""
     found = []

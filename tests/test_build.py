@@ -222,3 +222,14 @@ def test_a_folder_with_a_space_and_a_colon_builds(tiny):
     odd = tiny.rename(tiny.parent / "my repo: 2")
     ran = build(odd, FASTPPO_BUILD_CUDA="0")
     assert ran.returncode == 0 and list(odd.glob("lib/fastppo/_C.*.so")), ran.stdout + ran.stderr
+
+
+def test_an_extension_older_than_its_sources_says_how_to_rebuild():
+    import types
+
+    from fastppo.kernels._backend import explains_itself
+
+    old = explains_itself(types.ModuleType("fastppo._C"))
+    with pytest.raises(AttributeError, match=r"fastppo._C has no 'new_op'.*rebuild it: pip install -e \."):
+        old.new_op  # noqa: B018
+    assert not hasattr(old, "new_op")

@@ -254,6 +254,29 @@ def test_commands_and_flags_exist(block, flags):
             check_extras(words)
 
 
+def test_the_five_steps_of_contributing_name_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    steps = text[text.index("## Add a kernel in five steps") : text.index("## Style")]
+    assert re.findall(r"^(\d)\. ", steps, re.MULTILINE) == list("12345")
+    for name in re.findall(r"`([^`\n]+)`", steps):
+        name = name.replace("<op>", "gae").split("(")[0]
+        if "/" in name:
+            assert (ROOT / name).exists(), name
+        elif re.fullmatch(r"[\w.]+", name):
+            last = name.rpartition(".")[2]
+            files = [p for folder in ("kernels", "csrc", "bench", "tests") for p in (ROOT / folder).rglob("*.*")]
+            sources = (p.read_text() for p in files if p.suffix in (".py", ".cpp", ".cu", ".h", ".inc"))
+            assert any(re.search(rf"\b{last}\b", source) for source in sources), name
+
+
+def test_tests_that_are_named_exist():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    for page in TEXTS:
+        for name in re.findall(r"`(?:tests/)?(test_\w+)", page.read_text(encoding="utf-8")):
+            known = f"def {name}(" in sources or (ROOT / "tests" / f"{name}.py").is_file()
+            assert known, f"{page.relative_to(ROOT)} names {name}"
+
+
 # --- figures and tables -----------------------------------------------------------------------------------------------
 
 

@@ -11,30 +11,16 @@ import golden_cases
 import numpy as np
 import pytest
 import torch
-from golden_cases import batches, trainer
+from golden_cases import SAMPLE, batch, changed, trainer, weights
 
 import fastppo
 from fastppo import PPOTrainer
 from fastppo.score import NonFinite
 
-SAMPLE = {"do_sample": True, "top_k": 0.0, "top_p": 1.0, "min_length": -1, "pad_token_id": 0, "max_new_tokens": 8}
-
 
 @pytest.fixture
 def made():
     return trainer(fastppo, {})
-
-
-def batch(case=None):
-    return next(batches(case or {}, 1))
-
-
-def weights(trainer_):
-    return [p.detach().clone() for p in trainer_.model.parameters()]
-
-
-def changed(before, trainer_) -> bool:
-    return any(not torch.equal(a, b) for a, b in zip(before, weights(trainer_), strict=True))
 
 
 # --- old log-probs from the rollout -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The classic trainer and what it is made of; names are imported when they are first used."""
 
-import importlib
+from fastppo.lazy import lazy_names
 
 # name -> module that defines it
 _EXPORTS = {
@@ -13,14 +13,4 @@ _EXPORTS = {
 
 __all__ = list(_EXPORTS)
 
-
-def __getattr__(name: str):
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_EXPORTS))}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)
