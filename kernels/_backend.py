@@ -38,7 +38,7 @@ def explains_itself(module: ModuleType) -> ModuleType:
 
     def __getattr__(name: str):
         raise AttributeError(
-            f"{module.__name__} has no {name!r}: the compiled extension ({getattr(module, '__file__', 'in memory')}) is older "
+            f"{module.__name__} has no {name!r}: the compiled extension ({vars(module).get('__file__', 'in memory')}) is older "
             "than these sources; rebuild it: pip install -e ."
         )
 
