@@ -6,6 +6,7 @@ Suffixes: B sequences, T predicted positions, N packed tokens, R response tokens
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,17 +120,21 @@ def packs(batch: Sequences, budget: int | None) -> Iterator[Pack]:
 
 
 @torch.no_grad()
-def score_tokens(model, head: Head, batch: Sequences, budget: int | None, with_values: bool):
-    """(logprobs_BT, values_BT or None): float32, 0 where there is no response token."""
+def score_tokens(model, head: Head, batch: Sequences, budget: int | None, with_values: bool, engine=None):
+    """(logprobs_BT, values_BT or None): float32, 0 where there is no response token. engine: (Engine, dtype) or None."""
     logprobs = torch.zeros(batch.shape, device=batch.mask_BT.device)
     values = torch.zeros_like(logprobs) if with_values else None
-    with attention.install(model):
+    with nullcontext() if engine else attention.install(model):
         for packed in packs(batch, budget):
-            hidden_RD = hidden_states(model, packed)
-            result = linear_logprob(hidden_RD, head_for(head, hidden_RD), packed.targets_R)
-            logprobs.view(-1)[packed.flat_R] = result.logprob_N.float()
+            if engine:
+                logprob_R, values_R = engine[0].score(packed, engine[1], with_values)
+            else:
+                hidden_RD = hidden_states(model, packed)
+                logprob_R = linear_logprob(hidden_RD, head_for(head, hidden_RD), packed.targets_R).logprob_N
+                values_R = value_head(model, hidden_RD) if with_values else None
+            logprobs.view(-1)[packed.flat_R] = logprob_R.float()
             if with_values:
-                values.view(-1)[packed.flat_R] = value_head(model, hidden_RD)
+                values.view(-1)[packed.flat_R] = values_R
     return logprobs, values
 
 

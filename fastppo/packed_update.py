@@ -54,11 +54,14 @@ class PackedLearner:
     def __init__(self, trainer, head: Head, sequences: Sequences, experience: Experience, tolerance: float | None):
         """tolerance: largest mean mismatch of rollout log-probs; past it the first learn() raises RolloutMismatch."""
         self.trainer, self.head, self.sequences, self.experience = trainer, head, sequences, experience
+        self.engine = None  # an Engine that was started; None: the model's own modules and autograd
         self.tolerance = tolerance
         self.mismatch: Mismatch | None = None
 
     def learn(self, group: list[list[int]]) -> list[dict]:
         dropped: set[int] = set()
+        if self.engine is not None:
+            self.engine.refresh()
         while True:
             try:
                 results = [self._minibatch(rows, len(group), i not in dropped) for i, rows in enumerate(group)]
@@ -86,12 +89,7 @@ class PackedLearner:
             packed = pack(self.sequences, micro, only_counting=True)
             if len(packed.flat_R) == 0:
                 continue
-            with torch.set_grad_enabled(backward):
-                loss, result = self._microbatch(packed, count)
-            if backward:
-                # accelerate divides by gradient_accumulation_steps; a shorter group (never, by config) would not fit
-                self.trainer.accelerator.backward(loss)
-            parts.append(result)
+            parts.append((self._microbatch if self.engine is None else self._fused)(packed, count, backward))
         if not parts:
             empty = torch.empty(0, device=self.sequences.mask_BT.device)
             return Result(PPOStats((torch.zeros(len(STATS)),)), empty.long(), empty)
@@ -101,24 +99,39 @@ class PackedLearner:
             torch.cat([part.log_ratio_R for part in parts]),
         )
 
-    def _microbatch(self, packed, count: int) -> tuple[torch.Tensor, Result]:
-        model, batch = self.trainer.model, self.experience
-        with self.trainer.accelerator.autocast():
-            hidden_RD = hidden_states(model, packed)
-            values_R = value_head(model, hidden_RD)
-            head = head_for(self.head, hidden_RD)
+    def _microbatch(self, packed, count: int, backward: bool) -> Result:
+        model, data = self.trainer.model, self._data(packed)
+        with torch.set_grad_enabled(backward):
+            with self.trainer.accelerator.autocast():
+                hidden_RD = hidden_states(model, packed)
+                values_R = value_head(model, hidden_RD)
+                head = head_for(self.head, hidden_RD)
+            output = linear_ppo_loss(
+                hidden_RD,
+                values_R,
+                head,
+                packed.targets_R,
+                data,
+                loss_options(self.trainer.config),
+                normalizer=float(count),
+            )
+        if backward:
+            # accelerate divides by gradient_accumulation_steps; a shorter group (never, by config) would not fit
+            self.trainer.accelerator.backward(output.loss)
+        return Result(output.stats, packed.flat_R, output.logprob_N - data.old_logprobs_N)
+
+    def _fused(self, packed, count: int, backward: bool) -> Result:
+        """_microbatch on the engine."""
+        config, data = self.trainer.config, self._data(packed)
+        normalizer = float(count * config.gradient_accumulation_steps)
+        output = self.engine.learn(packed, data, loss_options(config), normalizer, backward)
+        return Result(output.stats, packed.flat_R, output.logprob_R - data.old_logprobs_N)
+
+    def _data(self, packed) -> PPOBatch:
+        """What the loss compares with, at the pack's response tokens."""
+        batch = self.experience
         old = (batch.logprobs_BT, batch.values_BT, batch.advantages_BT, batch.returns_BT)
-        data = PPOBatch(*(x.flatten()[packed.flat_R] for x in old))
-        output = linear_ppo_loss(
-            hidden_RD,
-            values_R,
-            head,
-            packed.targets_R,
-            data,
-            loss_options(self.trainer.config),
-            normalizer=float(count),
-        )
-        return output.loss, Result(output.stats, packed.flat_R, output.logprob_N - data.old_logprobs_N)
+        return PPOBatch(*(x.flatten()[packed.flat_R] for x in old))
 
     def _stats(self, rows: list[int], result: Result) -> dict[str, torch.Tensor]:
         """TRL's statistics; its per-token arrays hold ratio 1 where no token counts."""

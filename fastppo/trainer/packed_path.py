@@ -15,6 +15,7 @@ from fastppo.data import Experience
 from fastppo.kernels.kl_reward import kl_reward
 from fastppo.metrics import Clock
 from fastppo.packed_update import Mismatch, PackedLearner, RolloutMismatch, mismatch
+from fastppo.trainer.engines import Engines
 from fastppo.trainer.padded_path import shape_rewards
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class PackedPath:
         self._trust_rollout = True
         self._mismatch: Mismatch | None = None
         self._cost: flops.Cost | None = None
+        self._engines = Engines(trainer, head, reference_head)
 
     # --- prepare ------------------------------------------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ class PackedPath:
 
     def _reference(self):
         t = self.trainer
-        return (t.model if t.ref_model is None else t.ref_model), self.reference_head, t.optional_peft_ctx
+        return self._engines.reference_model, self.reference_head, t.optional_peft_ctx
 
     def _budget(self) -> int:
         return self.trainer.config.max_tokens_per_micro_batch or FORWARD_TOKENS
@@ -75,7 +77,8 @@ class PackedPath:
     def _score(self, acting, with_values: bool):
         model, head, context = acting
         with context():
-            return packed.score_tokens(model, head, self._sequences, self._budget(), with_values)
+            engine = self._engines.of(model)
+            return packed.score_tokens(model, head, self._sequences, self._budget(), with_values, engine)
 
     def _full_kl(self):
         return packed.full_kl_tokens(self._policy(), self._reference(), self._sequences, self._budget())
@@ -141,8 +144,12 @@ class PackedPath:
     def _run(self, learner: PackedLearner) -> list[dict]:
         from fastppo import attention
 
-        with attention.install(self.trainer.model):
-            return update.optimise(self.trainer.config, learner.learn, self.trainer._early_stop)
+        t = self.trainer
+        if engine := self._engines.of(t.model):
+            with engine[0].started(engine[1]) as learner.engine:
+                return update.optimise(t.config, learner.learn, t._early_stop)
+        with attention.install(t.model):
+            return update.optimise(t.config, learner.learn, t._early_stop)
 
     def _warn_mismatch(self) -> None:
         if self._mismatch.mean > self.trainer.config.max_mismatch:

@@ -1,0 +1,197 @@
+"""A model's body forward and backward over packed sequences, written out: few large calls, nothing kept twice.
+
+    x = tokens[ids] + positions[places];  each block: x += out(attention(norm1(x)));  x += down(act(up(norm2(x))))
+    hidden = norm(x) at the rows that the head reads
+
+Kept for backward per block: x before both norms (float32), q k v, attention's output and log-sums, the MLP before its
+activation. Norms' outputs and activations are computed again on the way back, inside the kernels that run there anyway.
+Suffixes: N tokens of the pack (with padding rows of zeros at its end), R rows that the head reads, D hidden.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.engine import kernels
+from fastppo.engine.kernels import NormGradients, Normed, Where
+from fastppo.engine.spec import Block, Matrix, Spec
+from fastppo.engine.weights import Gradients, Weights
+
+
+class Inputs(NamedTuple):
+    """One pack. tokens_N, places_N: int64, the token and its position.   at_R: rows that the head reads."""
+
+    tokens_N: Tensor
+    places_N: Tensor
+    cu_seqlens: Tensor
+    at_R: Tensor
+    rows: int  # N with padding
+
+
+@dataclass(eq=False)
+class _Layer:
+    """What a block keeps."""
+
+    x1: Tensor
+    stats1: Tensor
+    qkv: Tensor
+    rotated: Tensor  # qkv after the norms of the heads; qkv itself where there are none
+    head_stats: tuple | None
+    out: Tensor
+    lse: Tensor
+    x2: Tensor
+    stats2: Tensor
+    pre: Tensor
+
+
+@dataclass(eq=False)
+class Tape:
+    inputs: Inputs
+    where: Where
+    layers: list[_Layer]
+    last: Normed
+
+
+class Body:
+    """One model's body in one compute dtype; `train` says whether gradients will be asked for."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype, train: bool):
+        self.spec, self.dtype = spec, dtype
+        self.weights = Weights(spec, dtype, keep=train)
+        self.gradients = Gradients()
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, inputs: Inputs, padded_rows: int, keep: bool) -> tuple[Tensor, Tape | None]:
+        """(hidden [padded_rows, D] as T: the head's rows, then zeros or norms of zeros; what backward needs)."""
+        x, where = self._embed(inputs), self._where(inputs)
+        layers, add = [], None
+        for block in self.spec.blocks:
+            x, add = self._block(block, x, add, where, layers if keep else None)
+        x_RD = x.new_zeros(padded_rows, x.shape[1])
+        R = len(inputs.at_R)
+        torch.index_select(x, 0, inputs.at_R, out=x_RD[:R])
+        x_RD[:R] += add.index_select(0, inputs.at_R)
+        last = kernels.norm(x_RD, None, self.spec.norm, self.dtype)
+        return last.y_ND, Tape(inputs, where, layers, last) if keep else None
+
+    def _embed(self, inputs: Inputs) -> Tensor:
+        table = self.spec.tokens_VD
+        N = len(inputs.tokens_N)
+        x = table.new_empty(inputs.rows, table.shape[1])
+        torch.index_select(table, 0, inputs.tokens_N, out=x[:N])
+        if self.spec.positions_PD is not None:
+            x[:N] += self.spec.positions_PD.index_select(0, inputs.places_N)
+        x[N:] = 0
+        return x
+
+    def _where(self, inputs: Inputs) -> Where:
+        if self.spec.rotary is None:
+            return Where(inputs.cu_seqlens, None, None)
+        cos, sin = self.spec.rotary(self.spec.tokens_VD[:1], inputs.places_N[None])
+        return Where(inputs.cu_seqlens, *(x[0].float().contiguous() for x in (cos, sin)))
+
+    def _block(self, block: Block, x: Tensor, add: Tensor | None, where: Where, layers: list | None):
+        first = kernels.norm(x, add, block.norm1, self.dtype)
+        qkv = self.weights.of(block.qkv).forward(first.y_ND)
+        rotated, head_stats = self._norm_heads(block, qkv)
+        out, lse = kernels.attention(rotated, where, block.heads)
+        second = kernels.norm(first.x_ND, self.weights.of([block.out]).forward(out), block.norm2, self.dtype)
+        pre = self.weights.of(block.up).forward(second.y_ND)
+        add = self.weights.of([block.down]).forward(kernels.activation(pre, block.activation))
+        if layers is not None:
+            kept = (first.x_ND, first.stats_N2, qkv, rotated, head_stats, out, lse, second.x_ND, second.stats_N2, pre)
+            layers.append(_Layer(*kept))
+        return second.x_ND, add
+
+    def _norm_heads(self, block: Block, qkv: Tensor):
+        if block.head_norms is None:
+            return qkv, None
+        rotated, stats = qkv.clone(), []
+        for (first, width), f in zip(_spans(block), block.head_norms, strict=True):
+            x = qkv[:, first : first + width].float().reshape(-1, block.heads.D)
+            normed = kernels.norm(x, None, f, self.dtype)
+            rotated[:, first : first + width] = normed.y_ND.view(len(qkv), width)
+            stats.append(normed.stats_N2)
+        return rotated, stats
+
+    # --- backward -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def backward(self, tape: Tape, dhidden_RD: Tensor) -> None:
+        """Add the gradients of the parameters for dloss/dhidden (as T; zero in padding rows). The tape is used up."""
+        inputs, last = tape.inputs, tape.last
+        dx_RD = torch.empty_like(last.x_ND)
+        grads = self._norm_gradients(self.spec.norm)
+        kernels.norm_backward(
+            dhidden_RD, last.x_ND, last.stats_N2, self.spec.norm, dx_RD, grads, fresh=True, again=False
+        )
+        dres = dx_RD.new_zeros(inputs.rows, dx_RD.shape[1])
+        dres.index_copy_(0, inputs.at_R, dx_RD[: len(inputs.at_R)])
+        dy = dres if self.dtype == torch.float32 else dres.to(self.dtype)
+        for block in reversed(self.spec.blocks):
+            dy = self._block_backward(block, tape.layers.pop(), tape.where, dres, dy)
+        self._embed_backward(inputs, dres)
+
+    def _norm_gradients(self, f) -> NormGradients:
+        weight, add = self.gradients.target(f.weight_D)
+        bias, _ = self.gradients.target(f.bias_D)
+        return NormGradients(weight, bias, add)
+
+    def _block_backward(self, block: Block, kept: _Layer, where: Where, dres: Tensor, dy: Tensor) -> Tensor:
+        of = self.weights.of
+        dact = of([block.down]).backward(dy)
+        dpre, act = kernels.activation_backward(kept.pre, dact, block.activation)
+        self._matrix_gradients([block.down], act, dy)
+        dy, y = self._norm_backward(of(block.up).backward(dpre), kept.x2, kept.stats2, block.norm2, dres)
+        self._matrix_gradients(block.up, y, dpre)
+        dout = of([block.out]).backward(dy)
+        self._matrix_gradients([block.out], kept.out, dy)
+        dqkv = kernels.attention_backward(dout, kept.rotated, kept.out, kept.lse, where, block.heads)
+        if block.head_norms is not None:
+            self._heads_backward(block, kept, dqkv)
+        dy, y = self._norm_backward(of(block.qkv).backward(dqkv), kept.x1, kept.stats1, block.norm1, dres)
+        self._matrix_gradients(block.qkv, y, dqkv)
+        return dy
+
+    def _norm_backward(self, dy, x, stats, f, dres):
+        return kernels.norm_backward(dy, x, stats, f, dres, self._norm_gradients(f))
+
+    def _heads_backward(self, block: Block, kept: _Layer, dqkv: Tensor) -> None:
+        for (first, width), f, stats in zip(_spans(block), block.head_norms, kept.head_stats, strict=True):
+            part = slice(first, first + width)
+            x = kept.qkv[:, part].float().reshape(-1, block.heads.D)
+            dy = dqkv[:, part].reshape(-1, block.heads.D)
+            dx = torch.empty_like(x)
+            kernels.norm_backward(dy, x, stats, f, dx, self._norm_gradients(f), fresh=True, again=False)
+            dqkv[:, part] = dx.view(len(dqkv), width)
+
+    def _matrix_gradients(self, matrices: list[Matrix], x: Tensor, dy: Tensor) -> None:
+        first = 0
+        for m in matrices:
+            part = dy if len(matrices) == 1 else dy[:, first : first + m.outputs]
+            first += m.outputs
+            a, b = (x.t(), part) if m.turned else (part.t(), x)
+            self.gradients.add_product(m.weight, a, b)
+            to, add = self.gradients.target(m.bias)
+            if to is not None:
+                kernels.sum_columns(part.contiguous(), to, add)
+
+    def _embed_backward(self, inputs: Inputs, dres: Tensor) -> None:
+        tables = ((self.spec.tokens_VD, inputs.tokens_N), (self.spec.positions_PD, inputs.places_N))
+        for table, index_N in tables:
+            to, add = self.gradients.target(table)
+            if to is None:
+                continue
+            if not add:
+                to.zero_()
+            kernels.embedding_backward(index_N, dres, to)
+
+
+def _spans(block: Block) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(first column, width) of queries and keys."""
+    q, k = block.heads.H * block.heads.D, block.heads.K * block.heads.D
+    return (0, q), (q, k)

@@ -1,0 +1,162 @@
+"""Weights as the products of a pass read them, and gradients as they write them.
+
+In bfloat16 every matrix is rounded once per optimizer step (`refresh`), and matrices that lie side by side become one;
+in float32 the parameters serve as they are, but for small models, whose matrices are laid side by side too. A gradient
+buffer is kept from step to step of an optimise stage: fresh memory would be paid for by page faults.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.engine.spec import Matrix, Spec
+
+# below this size copies of the weights cost less than the calls that they save
+SIDE_BY_SIDE_BYTES = 16 * 2**20
+
+
+class Ready:
+    """Matrices side by side, as the products take them: `parts` are (W [n, K] as T, b as T or None, first column)."""
+
+    __slots__ = ("parts", "outputs", "biased")
+
+    def __init__(self, parts, outputs: int):
+        self.parts, self.outputs = parts, outputs
+        self.biased = parts[0][1] is not None
+
+    def forward(self, x_NK: Tensor) -> Tensor:
+        """x W^T + b"""
+        out = x_NK.new_empty(len(x_NK), self.outputs)
+        for w_nK, b_n, first in self.parts:
+            to = out if len(self.parts) == 1 else out[:, first : first + len(w_nK)]
+            if b_n is None:
+                torch.mm(x_NK, w_nK.t(), out=to)
+            else:
+                torch.addmm(b_n, x_NK, w_nK.t(), out=to)
+        return out
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """dy W"""
+        if len(self.parts) == 1:
+            return torch.mm(dy, self.parts[0][0])
+        out = None
+        for w_nK, _, first in self.parts:
+            part = dy[:, first : first + len(w_nK)]
+            out = torch.mm(part, w_nK) if out is None else out.addmm_(part, w_nK)
+        return out
+
+
+class Weights:
+    """Ready matrices of one Spec. keep: whether they stay until the next refresh (a reference's are made when used)."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype, keep: bool):
+        self.dtype, self.keep = dtype, keep
+        size = sum(p.nbytes for p in spec.parameters())
+        self._copy = dtype != torch.float32 or size <= SIDE_BY_SIDE_BYTES
+        self._ready: dict[int, Ready] = {}
+        self._head: tuple[Tensor, Tensor] | None = None
+        self._stale: set[int] = set()
+
+    def refresh(self) -> None:
+        """The parameters have changed."""
+        self._stale = set(self._ready)
+        if not self._copy:
+            self._ready.clear()
+        if self._head is not None and self.dtype != torch.float32:
+            self._head[1].copy_(self._head[0])
+
+    @torch.no_grad()
+    def of(self, matrices: list[Matrix]) -> Ready:
+        key = id(matrices[0])
+        ready = self._ready.get(key)
+        if ready is not None and key in self._stale:
+            self._write(matrices, ready)
+            self._stale.discard(key)
+        if ready is None:
+            ready = self._make(matrices)
+            if self.keep:
+                self._ready[key] = ready
+        return ready
+
+    def _make(self, matrices: list[Matrix]) -> Ready:
+        outputs = sum(m.outputs for m in matrices)
+        alone = len(matrices) == 1 and self.dtype == torch.float32
+        if alone or not self._copy:
+            parts, first = [], 0
+            for m in matrices:
+                weight = m.weight.detach()
+                parts.append((weight.t() if m.turned else weight, None if m.bias is None else m.bias.detach(), first))
+                first += m.outputs
+            return Ready(parts, outputs)
+        turned, inputs = matrices[0].turned, matrices[0].weight.shape[0 if matrices[0].turned else 1]
+        shape = (inputs, outputs) if turned else (outputs, inputs)
+        weight = torch.empty(shape, dtype=self.dtype)
+        bias = None if all(m.bias is None for m in matrices) else torch.zeros(outputs, dtype=self.dtype)
+        ready = Ready([(weight.t() if turned else weight, bias, 0)], outputs)
+        self._write(matrices, ready)
+        return ready
+
+    def _write(self, matrices: list[Matrix], ready: Ready) -> None:
+        if ready.parts[0][0].data_ptr() == matrices[0].weight.data_ptr():
+            return
+        weight_NK, bias_N, _ = ready.parts[0]
+        first = 0
+        for m in matrices:
+            rows = slice(first, first + m.outputs)
+            weight_NK[rows].copy_(m.weight.t() if m.turned else m.weight)
+            if m.bias is not None:
+                bias_N[rows].copy_(m.bias)
+            first += m.outputs
+
+    @torch.no_grad()
+    def head(self, weight_VD: Tensor) -> Tensor:
+        """The output embedding as T."""
+        if self.dtype == torch.float32:
+            return weight_VD.detach()
+        if self._head is None or self._head[0] is not weight_VD:
+            made = weight_VD.detach().to(self.dtype)
+            if not self.keep:
+                return made
+            self._head = (weight_VD, made)
+        return self._head[1]
+
+
+class Gradients:
+    """Where gradients of parameters go: into .grad, in buffers that outlive zero_grad()."""
+
+    def __init__(self):
+        self._buffers: dict[nn.Parameter, Tensor] = {}
+
+    def target(self, parameter: nn.Parameter | None) -> tuple[Tensor | None, bool]:
+        """(.grad, whether something is in it already); None for what is not trained."""
+        if parameter is None or not parameter.requires_grad:
+            return None, False
+        if parameter.grad is not None:
+            return parameter.grad, True
+        if parameter not in self._buffers:
+            self._buffers[parameter] = torch.empty_like(parameter, requires_grad=False)
+        parameter.grad = self._buffers[parameter]
+        return parameter.grad, False
+
+    def add_product(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
+        """parameter.grad += a b"""
+        to, add = self.target(parameter)
+        if to is None:
+            return
+        if a.dtype != to.dtype:
+            self._add(to, torch.mm(a, b), add)
+        elif add:
+            to.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=to)
+
+    def add(self, parameter: nn.Parameter, x: Tensor) -> None:
+        to, add = self.target(parameter)
+        if to is not None:
+            self._add(to, x, add)
+
+    @staticmethod
+    def _add(to: Tensor, x: Tensor, add: bool) -> None:
+        if add:
+            to.add_(x)
+        else:
+            to.copy_(x)
