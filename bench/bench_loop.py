@@ -28,7 +28,7 @@ class Side:
 
     def __init__(self, name: str, python: str, package: str, spec: dict):
         self.name, self.results = name, []
-        environment = dict(os.environ, PYTHONPATH=str(harness.ROOT), OMP_WAIT_POLICY="passive")
+        environment = dict(os.environ, PYTHONPATH=str(harness.ROOT))
         environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         command = [python, str(WORKER), package, json.dumps(spec)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -13,6 +13,7 @@
 
 #include "../ops.h"
 #include "half.h"
+#include "lanes.h"
 
 namespace fastppo {
 namespace {
@@ -105,7 +106,7 @@ FASTPPO_INLINE void strip(const float* a, int64_t a_row, int64_t a_col, const fl
 }
 
 // columns: a multiple of 16
-FASTPPO_CLONES void product(int64_t rows, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t depth,
+FASTPPO_INLINE void product(int64_t rows, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t depth,
                             float* c, int64_t ldc, int64_t columns, bool add) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) strip<4>(a + r * a_row, a_row, a_col, b, ldb, depth, c + r * ldc, ldc, columns, add);
@@ -114,15 +115,14 @@ FASTPPO_CLONES void product(int64_t rows, const float* a, int64_t a_row, int64_t
 
 // s[0, n) of query i against keys first, first + 1, ...: exp(s - m), 0 where i may not see the key. Returns m + log of the sum.
 // given: -m instead of the row's own maximum (backward: m = lse, so that the row becomes P).
-FASTPPO_CLONES float softmax_row(float* s, int64_t n, int64_t first, int64_t i, int64_t window, bool given, float m, float* sum_out) {
+FASTPPO_INLINE float softmax_row(float* s, int64_t n, int64_t first, int64_t i, int64_t window, bool given, float m, float* sum_out) {
   const int64_t begin = std::max<int64_t>(0, window ? i - window + 1 - first : 0), end = std::min(n, i + 1 - first);
   for (int64_t j = 0; j < begin; ++j) s[j] = -INFINITY;
   for (int64_t j = end; j < n; ++j) s[j] = -INFINITY;
   if (!given) {
     vec16 top = splat(-INFINITY);
     for (int64_t j = 0; j < n; j += 16) top = max16(load16(s + j), top);
-    m = top[0];
-    for (int l = 1; l < 16; ++l) m = std::max(m, top[l]);
+    m = most16(top);
   }
   vec16 sum{};
   for (int64_t j = 0; j < n; j += 16) {
@@ -130,14 +130,12 @@ FASTPPO_CLONES float softmax_row(float* s, int64_t n, int64_t first, int64_t i, 
     store16(s + j, e);
     sum += e;
   }
-  float total = 0;
-  for (int l = 0; l < 16; ++l) total += sum[l];
-  *sum_out = total;
-  return m + std::log(total);
+  *sum_out = given ? 1.0f : sum16(sum);
+  return given ? m : m + std::log(*sum_out);
 }
 
 // ds = p (dp - delta)
-FASTPPO_CLONES void dsoftmax_row(const float* p, float* dp, int64_t n, float delta) {
+FASTPPO_INLINE void dsoftmax_row(const float* p, float* dp, int64_t n, float delta) {
   for (int64_t j = 0; j < n; j += 16) store16(dp + j, load16(p + j) * (load16(dp + j) - delta));
 }
 
@@ -145,16 +143,16 @@ struct Scratch {
   std::vector<float> kt, k, v, vt, q, s, o, dp, dq, dk, dv;
 };
 
-inline int64_t up16(int64_t n) { return (n + 15) / 16 * 16; }
+FASTPPO_INLINE int64_t up16(int64_t n) { return (n + 15) / 16 * 16; }
 
 // to [D, ld] = the transpose of from [T, ldf]
-void transpose(const float* from, int64_t T, int64_t D, int64_t ldf, float* to, int64_t ld) {
+FASTPPO_INLINE void transpose(const float* from, int64_t T, int64_t D, int64_t ldf, float* to, int64_t ld) {
   for (int64_t d = 0; d < D; ++d)
     for (int64_t t = 0; t < T; ++t) to[d * ld + t] = from[t * ldf + d];
 }
 
 template <typename T>
-void load_keys(const Attention& f, int64_t start, int64_t n, int64_t head, Scratch& w, bool backward) {
+FASTPPO_INLINE void load_keys(const Attention& f, int64_t start, int64_t n, int64_t head, Scratch& w, bool backward) {
   const int64_t D = f.D, Dp = up16(D), Tp = up16(n);
   w.k.assign(n * Dp, 0.0f), w.v.assign(n * Dp, 0.0f), w.kt.assign(D * Tp, 0.0f);
   for (int64_t t = 0; t < n; ++t) {
@@ -172,13 +170,13 @@ void load_keys(const Attention& f, int64_t start, int64_t n, int64_t head, Scrat
 struct Span {
   int64_t first, count;
 };
-inline Span visible(const Attention& f, int64_t i0, int64_t i1) {
+FASTPPO_INLINE Span visible(const Attention& f, int64_t i0, int64_t i1) {
   const int64_t first = f.window ? std::max<int64_t>(0, i0 - f.window + 1) / 16 * 16 : 0;
   return {first, up16(i1 - first)};
 }
 
 template <typename T>
-void forward_task(const Attention& f, int64_t b, int64_t kv, Scratch& w) {
+FASTPPO_INLINE void forward_task(const Attention& f, int64_t b, int64_t kv, Scratch& w) {
   const int64_t start = f.starts[b], n = f.starts[b + 1] - start, D = f.D, Dp = up16(D), Tp = up16(n), group = f.H / f.K;
   load_keys<T>(f, start, n, kv, w, false);
   w.q.assign(kQueries * Dp, 0.0f), w.s.resize(kQueries * Tp), w.o.resize(kQueries * Dp);
@@ -189,7 +187,7 @@ void forward_task(const Attention& f, int64_t b, int64_t kv, Scratch& w) {
       for (int64_t r = 0; r < rows; ++r)
         load_row(f, static_cast<const T*>(f.q) + (start + i0 + r) * f.q_stride + head * D, start + i0 + r, true, f.scale, &w.q[r * Dp]);
       product(rows, w.q.data(), Dp, 1, w.kt.data() + span.first, Tp, D, w.s.data(), Tp, span.count, false);
-      float sums[kQueries];
+      float sums[kQueries] = {};
       for (int64_t r = 0; r < rows; ++r)
         f.lse[(start + i0 + r) * f.H + head] = softmax_row(&w.s[r * Tp], span.count, span.first, i0 + r, f.window, false, 0, sums + r);
       const int64_t keys = std::min(span.count, n - span.first);
@@ -201,7 +199,7 @@ void forward_task(const Attention& f, int64_t b, int64_t kv, Scratch& w) {
 }
 
 template <typename T>
-void backward_block(const Attention& f, int64_t start, int64_t n, int64_t head, int64_t i0, Scratch& w) {
+FASTPPO_INLINE void backward_block(const Attention& f, int64_t start, int64_t n, int64_t head, int64_t i0, Scratch& w) {
   const int64_t D = f.D, Dp = up16(D), Tp = up16(n), rows = std::min(kQueries, n - i0);
   const Span span = visible(f, i0, i0 + rows);
   const int64_t keys = std::min(span.count, n - span.first);
@@ -229,7 +227,7 @@ void backward_block(const Attention& f, int64_t start, int64_t n, int64_t head, 
 }
 
 template <typename T>
-void backward_task(const Attention& f, int64_t b, int64_t kv, Scratch& w) {
+FASTPPO_INLINE void backward_task(const Attention& f, int64_t b, int64_t kv, Scratch& w) {
   const int64_t start = f.starts[b], n = f.starts[b + 1] - start, D = f.D, Dp = up16(D), Tp = up16(n), group = f.H / f.K;
   load_keys<T>(f, start, n, kv, w, true);
   w.q.assign(kQueries * Dp, 0.0f), w.o.assign(kQueries * Dp, 0.0f), w.dq.resize(kQueries * Dp);
@@ -243,6 +241,11 @@ void backward_task(const Attention& f, int64_t b, int64_t kv, Scratch& w) {
   }
 }
 
+FASTPPO_CLONES void forward_float(const Attention& f, int64_t b, int64_t kv, Scratch& w) { forward_task<float>(f, b, kv, w); }
+FASTPPO_CLONES void forward_bf16(const Attention& f, int64_t b, int64_t kv, Scratch& w) { forward_task<bf16_t>(f, b, kv, w); }
+FASTPPO_CLONES void backward_float(const Attention& f, int64_t b, int64_t kv, Scratch& w) { backward_task<float>(f, b, kv, w); }
+FASTPPO_CLONES void backward_bf16(const Attention& f, int64_t b, int64_t kv, Scratch& w) { backward_task<bf16_t>(f, b, kv, w); }
+
 // address: q, k, v, out, lse, cos, sin, cu_seqlens, dout, dq, dk, dv (dout 0: forward).
 // sizes: B, H, K, D, row strides of q, of k and v, of out, window (0: none).
 void attention(const std::array<uintptr_t, 12>& a, const std::array<int64_t, 8>& sizes, double scale, bool bf16) {
@@ -251,7 +254,7 @@ void attention(const std::array<uintptr_t, 12>& a, const std::array<int64_t, 8>&
   const auto [B, H, K, D, q_stride, kv_stride, o_stride, window] = sizes;
   const Attention f = {p(0), p(1), p(2), p(3), p(8), p(9), p(10), p(11), p(3), floats(4), floats(5), floats(6),
                        static_cast<const int32_t*>(p(7)), H, K, D, q_stride, kv_stride, o_stride, window, float(scale)};
-  auto task = a[8] ? (bf16 ? backward_task<bf16_t> : backward_task<float>) : (bf16 ? forward_task<bf16_t> : forward_task<float>);
+  auto task = a[8] ? (bf16 ? backward_bf16 : backward_float) : (bf16 ? forward_bf16 : forward_float);
   const int64_t tokens = B ? f.starts[B] / B + 1 : 0, heads = K;
   parallel_for(B * K, tokens * tokens * D * (H / K), [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;

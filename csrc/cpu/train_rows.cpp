@@ -11,6 +11,7 @@
 
 #include "../ops.h"
 #include "half.h"
+#include "lanes.h"
 
 namespace fastppo {
 namespace {
@@ -34,11 +35,6 @@ FASTPPO_INLINE void put(T* p, vec16 x, int n) {
 }
 
 FASTPPO_INLINE int lanes_at(int64_t j, int64_t D) { return D - j < 16 ? static_cast<int>(D - j) : 16; }
-FASTPPO_INLINE float sum16(vec16 x) {
-  float s = 0;
-  for (int i = 0; i < 16; ++i) s += x[i];
-  return s;
-}
 FASTPPO_INLINE vec16 ones(int n) {
   vec16 x{};
   for (int i = 0; i < n; ++i) x[i] = 1.0f;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastppo.engine import kernels
-from fastppo.engine.kernels import NormGradients, Normed, Where
+from fastppo.engine.kernels import Normed, NormGradients, Where
 from fastppo.engine.spec import Block, Matrix, Spec
 from fastppo.engine.weights import Gradients, Weights
 

@@ -40,9 +40,9 @@ def engine_for(model, head: Head, value_head) -> "Engine | str":
 @torch.no_grad()
 def _probe(model, spec: Spec) -> float:
     """Relative difference of hidden states on three short sequences, the engine's and the model's own."""
+    from fastppo import attention
     from fastppo.packed import hidden_states, pack, sequences
     from fastppo.update import eval_mode
-    from fastppo import attention
 
     V = len(spec.tokens_VD)
     queries = [torch.arange(1, n + 1) * 7 % V for n in (5, 1, 3)]

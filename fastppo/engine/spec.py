@@ -83,7 +83,12 @@ def read(model: nn.Module) -> Spec | str:
 def _plain(model: nn.Module) -> None:
     """Raise _Unknown where a module does not run the code of its class: hooks, patched forwards, adapters."""
     for name, module in model.named_modules():
-        hooks = (*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks, *module._backward_pre_hooks)
+        hooks = (
+            *module._forward_hooks,
+            *module._forward_pre_hooks,
+            *module._backward_hooks,
+            *module._backward_pre_hooks,
+        )
         if hooks or "forward" in module.__dict__:
             raise _Unknown(f"{name or 'the model'} has hooks or a forward of its own")
         if getattr(module, "gradient_checkpointing", False) and module.training:
