@@ -126,6 +126,12 @@ def test_a_stage_can_be_left_out_and_rewarded_otherwise():
     lines = read_metrics("alone/ppo")
     assert not Path("alone/sft").exists() and [line["step"] for line in lines] == [1, 2, 2]
     assert "eval_objective/scores" in lines[2] and "objective/scores" in lines[1]
+    told = lines[1]  # what fastppo report draws of speed, memory and lengths
+    assert 0 < told["time/loop/generate"] < 60 and told["time/loop/reward"] >= 0 < told["time/loop/step"]
+    seconds = sum(told[f"time/loop/{phase}"] for phase in ("generate", "reward", "step"))
+    tokens = told["perf/response_tokens_per_second"] * seconds
+    assert tokens == pytest.approx(told["tokens/responses_len_mean"] * 4, rel=1e-3) and "time/loop/step" not in lines[2]
+    assert told["fastppo/peak_memory_bytes"] > 1e7
     # the stage's own config.yaml does the stage again
     assert main(["ppo", "--config", "alone/ppo/config.yaml", "--output-dir", "again"]) == 0
     assert same("alone/ppo", "again")

@@ -74,6 +74,10 @@ def test_links_lead_somewhere(page):
         name, _, mark = target.partition("#")
         file = page.parent / name if name else page
         assert file.is_file() or name in GENERATED, f"{page.name} links to {target}: there is no {file}"
+        inside = (ROOT / "docs").resolve() in file.resolve().parents
+        assert inside or page not in PAGES, (
+            f"{page.name} links to {target}, which is not on the site: name it in backticks"
+        )
         if mark:
             assert mark in anchors(file), f"{page.name} links to {target}: no such heading"
 
@@ -103,6 +107,8 @@ def test_snippets_and_api_names_exist():
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r'^--8<-- "([^":]+)', text, re.MULTILINE):
             assert (ROOT / name).is_file(), f"{page.name}: {name}"
+            links = re.findall(r"\]\((?!https?:)([^)]+)\)", without_code((ROOT / name).read_text(encoding="utf-8")))
+            assert not links, f"{name} stands on the site, where {links} lead elsewhere: name them in backticks"
         for name in re.findall(r"^::: (\S+)", text, re.MULTILINE):
             resolve(f"fastppo.{name}" if name.startswith("kernels.") else name)
 

@@ -59,7 +59,8 @@ class Session:
         told["config.yaml"] = "the options, for --config; info.json: versions and machine"
         self.screen.say(f"Saved in {self.folder.path}:")
         for name, what in told.items():
-            self.screen.say(f"  {name:<14}{what}")
+            self.screen.say(f"  {name:<15}{what}")
+        self.screen.say(f"A page of curves and samples: fastppo report {self.folder.path}")
 
 
 @contextlib.contextmanager

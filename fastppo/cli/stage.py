@@ -12,6 +12,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from fastppo.cli.errors import UserError
 from fastppo.cli.loop import Interrupts, Step
+from fastppo.cli.phases import Phases
 from fastppo.cli.screen import Screen
 from fastppo.cli.session import quiet_libraries
 from fastppo.cli.stage_folder import CURVES, SAMPLES, StageFolder
@@ -38,17 +39,22 @@ class Stage:
 class Recorder(TrainerCallback):
     """Writes and shows every log line, and turns the first Ctrl-C into a checkpoint and a stop."""
 
-    def __init__(self, folder: StageFolder, screen: Screen, interrupts: Interrupts):
-        self.folder, self.screen, self.interrupts = folder, screen, interrupts
+    def __init__(self, folder: StageFolder, screen: Screen, interrupts: Interrupts, phases: Phases):
+        self.folder, self.screen, self.interrupts, self.phases = folder, screen, interrupts, phases
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.screen.total, self.screen.before = state.max_steps, state.global_step
         if state.is_world_process_zero:
             self.folder.start_metrics(state.log_history)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.phases.start()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
+        if not any(name.startswith("eval_") for name in logs):
+            logs = logs | self.phases.figures()
         self.folder.add_metrics(logs, state.global_step)
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
         self.screen.step(Step(state.global_step, numbers, []))
@@ -135,7 +141,7 @@ def train_and_save(stage: Stage, trainer: Any, folder: StageFolder) -> tuple[int
     if stage.probe and is_main and not (folder.path / SAMPLES).is_file():
         folder.write_json(SAMPLES, {"before": stage.probe(trainer)})
     with Interrupts(screen.notice, STOPPING) as interrupts:
-        trainer.add_callback(Recorder(folder, screen, interrupts))
+        trainer.add_callback(Recorder(folder, screen, interrupts, Phases(trainer)))
         with screen if is_main else contextlib.nullcontext():
             try:
                 trainer.train(resume_from_checkpoint="auto")

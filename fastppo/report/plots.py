@@ -72,7 +72,7 @@ PANELS = (
     Panel(
         "phases",
         "Seconds by phase",
-        "per PPO step",
+        "per step",
         ((("time/loop/generate",), "generate"), (("time/loop/reward",), "score"), (("time/loop/step",), "update")),
     ),
     Panel("memory", "Peak memory", "GiB", ((("report/peak_memory_gib",), ""),)),
