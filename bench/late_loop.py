@@ -151,7 +151,7 @@ def speed(options) -> dict:
     )  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(4, VOCABULARY, (64, 32), generator=draw).tolist()
-    clock = Clock()
+    clock, before_mb = Clock(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     shared = options.value_head and options.package != "trl"
     trainer = module.PPOTrainer(
         args=args,
@@ -167,7 +167,8 @@ def speed(options) -> dict:
     trainer.train()
     tokens = 16 * (64 if not options.ragged else 30.4)  # 30.4: mean of min(geometric(1/36), 64)
     wall, cpu = clock.seconds(0), clock.seconds(1)
-    return {"tokens_per_s": tokens / statistics.median(wall), "wall_s": wall, "cpu_s": cpu}
+    rate = tokens / statistics.median(wall)
+    return {"tokens_per_s": rate, "wall_s": wall, "cpu_s": cpu, "imports_mb": before_mb}
 
 
 def learn(options) -> dict:
