@@ -1,6 +1,7 @@
 """mkdocs hook: makes settings.md, every field of the four configurations with its default and what its line says of it."""
 
 import dataclasses
+import logging
 from typing import Any
 
 HEAD = """# Every setting
@@ -61,6 +62,11 @@ def page() -> str:
             over(cls, TrainingArguments),
         ]
     return "\n".join(parts) + "\n"
+
+
+def on_startup(**_: Any) -> None:
+    """Brackets in docstrings, like [B][T], are shapes and no links; the pages' own links are checked apart from these."""
+    logging.getLogger("mkdocs.plugins.mkdocs_autorefs").setLevel(logging.ERROR)
 
 
 def on_files(files: Any, config: Any) -> Any:

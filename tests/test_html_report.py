@@ -207,6 +207,9 @@ def test_settings_in_which_runs_differ_are_shown_side_by_side(tmp_path):
     assert "<td>learning_rate</td><td>0.001</td><td>0.01</td>" in text
     assert "<td>torch</td><td>—</td><td>2.13.0</td>" in text
     assert "What differs" not in write_report(runs[:1], tmp_path / "one.html").read_text()
+    bare = make_run(tmp_path / "bare", steps=1)
+    (bare / "config.yaml").unlink()
+    assert "What differs" not in write_report([runs[0], bare], tmp_path / "two.html").read_text()
 
 
 def test_runs_of_one_name_are_told_apart_and_old_plots_go(tmp_path):

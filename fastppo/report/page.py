@@ -112,12 +112,13 @@ def answer(sample: dict[str, Any]) -> str:
 
 
 def differences(runs: Sequence[Run]) -> str:
-    """The settings and versions in which the runs differ, one row each."""
+    """The settings and versions in which the runs differ, one row each; runs that recorded none are left out."""
+    runs = [run for run in runs if run.settings or run.about]
     flat = [run.settings | {name: value for name, value in run.about.items() if isinstance(value, str)} for run in runs]
     names = list(dict.fromkeys(name for values in flat for name in values))
     rows = [(name, [values.get(name, "—") for values in flat]) for name in names]
     rows = [(name, values) for name, values in rows if any(value != values[0] for value in values)]
-    if len(runs) < 2 or not rows:
+    if not rows:
         return ""
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
     body = "".join(

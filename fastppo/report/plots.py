@@ -130,7 +130,7 @@ def draw(panel: Panel, runs: Sequence[Run]) -> Any:
     if not axes.lines:
         return None
     style_axes(axes, panel)
-    if len(named) > 1:
+    if len(runs) > 1 or len(named) > 1:
         ordered = sorted(named, key=lambda name: named[name].get_color() == PALE)
         figure.legend(
             [named[name] for name in ordered], ordered, loc="outside lower left", ncols=3 if len(ordered) != 4 else 2,
@@ -148,7 +148,7 @@ def draw_line(axes: Any, steps: list[int], values: list[float], colour: str, sty
 
 
 def style_axes(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     axes.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=24 if panel.unit else 10)
     axes.text(0, 1.03, panel.unit, transform=axes.transAxes, fontsize=9, color=PALE)
@@ -164,9 +164,11 @@ def style_axes(axes: Any, panel: Panel) -> None:
     first, last = (end(line.get_xdata()[at] for line in axes.lines) for end, at in ((min, 0), (max, -1)))
     if first == last:
         axes.set_xlim(first - 1, last + 1)
-    if panel.log and all(value > 0 for line in axes.lines for value in line.get_ydata()):
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    if panel.log and min(values) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:,.6g}")
         axes.yaxis.set_minor_formatter("")
-    elif panel.zero and all(value >= 0 for line in axes.lines for value in line.get_ydata()):
-        axes.set_ylim(bottom=0)
+    elif panel.zero and min(values) >= 0:
+        axes.set_ylim(0, 1.06 * max(values) or 1)
