@@ -41,6 +41,19 @@ def inputs(N, D, V, dtype, device):
     return hidden_ND, weight_VD, torch.randint(0, V, (N,), device=device)
 
 
+def fused(hidden_ND, head, tokens_N):
+    """The forward that keeps its logits in registers, on a GPU."""
+    if hidden_ND.device.type != "cuda":
+        return {}
+    from fastppo.kernels._linear_stats_triton import TILE, TMA_TILE, fused_forward
+
+    tiles = {"fused TMA 128x256": TMA_TILE, "fused 128x128": TILE}
+    if torch.cuda.get_device_capability()[0] < 9:
+        del tiles["fused TMA 128x256"]
+    given = hidden_ND.detach(), head._replace(weight_VD=head.weight_VD.detach()), tokens_N
+    return {name: lambda tile=tile: fused_forward(*given, tile=tile) for name, tile in tiles.items()}
+
+
 def shapes_of(options):
     if options.quick:
         return [(16, 32, 1000)]
@@ -65,7 +78,7 @@ def main():
                 made = run(hidden_ND, head, tokens_N)
                 return torch.autograd.grad(made, (hidden_ND, head.weight_VD), [g_N, h_N])
 
-            fns = {"ours": forward, "products": bare.logits}
+            fns = {"ours": forward, "products": bare.logits, **fused(hidden_ND, head, tokens_N)}
             memory = f"{extra_mib(forward, device, 8 * N):.0f} MiB extra"
             show = dict(device=device, csv=options.csv, baseline="products")
             shape, flops = f"[{N}, {D}] x [{V}, {D}]", 2 * N * D * V

@@ -36,10 +36,10 @@ COLUMNS = (
 # fmt: on
 
 
-def arguments(description: str, *, cases: bool = False) -> argparse.Namespace:
+def arguments(description: str, *, cases: bool = False, **extra) -> argparse.Namespace:
     """--device, --csv/--no-csv, --quick (small shapes: to see that it runs) and --rounds, the same in every bench.
 
-    cases: also --only NAME, once or more.
+    cases: also --only NAME, once or more.   extra: further options with their defaults.
     """
     if (
         "OMP_WAIT_POLICY" not in os.environ
@@ -49,14 +49,23 @@ def arguments(description: str, *, cases: bool = False) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small shapes, no CSV rows")
+    parser.add_argument("--keep-rows", action="store_true", help="CSV rows with --quick as well")
     parser.add_argument("--no-csv", dest="csv", action="store_false")
     if cases:
         parser.add_argument("--only", action="append", metavar="NAME", help="run this case (repeat for more)")
+    for name, default in extra.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     options = parser.parse_args()
     options.device = torch.device(options.device)
     if options.quick:
-        options.csv, options.rounds = False, min(options.rounds, 3)
+        options.csv, options.rounds = options.csv and options.keep_rows, min(options.rounds, 3)
+        CEILING_SIZES.update(QUICK_CEILING_SIZES)
     return options
+
+
+# rows of 4 KB and bytes that are read or copied; edge of the matrix product
+CEILING_SIZES = {"cpu rows": 1 << 17, "cuda bytes": 1 << 30, "cpu edge": 2048, "cuda edge": 8192}
+QUICK_CEILING_SIZES = {"cpu rows": 1 << 10, "cuda bytes": 1 << 26, "cpu edge": 256, "cuda edge": 2048}
 
 
 # --- time ---
@@ -144,10 +153,10 @@ def call_us(fn: Callable[[], object], *, calls: int = 200) -> float:
 def bandwidth_gbs(device_type: str) -> float:
     """GB/s: on a CPU the best single read pass over 512 MB with torch's threads; on a GPU a copy of 1 GB (read + write)."""
     if device_type == "cuda":
-        source, target = (torch.empty(1 << 30, dtype=torch.int8, device="cuda") for _ in range(2))
+        source, target = (torch.empty(CEILING_SIZES["cuda bytes"], dtype=torch.int8, device="cuda") for _ in range(2))
         ms = compare({"copy": lambda: target.copy_(source)}, rounds=20, device="cuda")["copy"]
         return 2 * source.numel() / ms / 1e6
-    x, row = torch.ones(1 << 17, 1 << 10), torch.ones(1 << 10)
+    x, row = torch.ones(CEILING_SIZES["cpu rows"], 1 << 10), torch.ones(1 << 10)
     reads = {"sum": x.sum, "mv": lambda: torch.mv(x, row), "dot": lambda: torch.dot(x.view(-1), x.view(-1))}
     best_ms = min(_cpu_sample_ms(fn, 1) for _ in range(8) for fn in reads.values())
     return x.numel() * 4 / best_ms / 1e6
@@ -156,7 +165,7 @@ def bandwidth_gbs(device_type: str) -> float:
 @functools.cache
 def matmul_tflops(device_type: str, dtype: torch.dtype) -> float:
     """TFLOP/s of torch's matrix product: [2048, 2048] x [2048, 2048] on a CPU, [8192, 8192] x [8192, 8192] on a GPU."""
-    n = 8192 if device_type == "cuda" else 2048
+    n = CEILING_SIZES[f"{device_type} edge"]
     dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
     a, b = (torch.randn(n, n, device=device_type).to(dtype) for _ in range(2))
     products = {"a @ b": lambda: a @ b, "linear": lambda: torch.nn.functional.linear(a, b)}

@@ -182,15 +182,15 @@ def _gae_kernel(
         if HAS_MASK:
             on = tl.load(mask_BT + at + t, mask=inside, other=0) != 0
         if SHAPED:
-            d = tl.load(ref_BT + at + t, mask=on, other=0.0)
+            d = tl.load(ref_BT + at + t, mask=inside, other=0.0)  # `on` as a mask would make the loads 4 bytes wide
             if KIND != 4:
-                d = tl.load(logprobs_BT + at + t, mask=on, other=0.0) - d
-            kl = kl_of(d, KIND)
+                d = tl.load(logprobs_BT + at + t, mask=inside, other=0.0) - d
+            kl = kl_of(tl.where(on, d, 0.0), KIND)
             kl_sum += tl.sum(kl)
             reward = -kl_coef * kl + tl.where(t == last, score, 0.0)
         else:
-            reward = tl.load(rewards_BT + at + t, mask=on, other=0.0)
-        value = tl.load(values_BT + at + t, mask=on, other=0.0)
+            reward = tl.where(on, tl.load(rewards_BT + at + t, mask=inside, other=0.0), 0.0)
+        value = tl.where(on, tl.load(values_BT + at + t, mask=inside, other=0.0), 0.0)
 
         live = inside if MASKED == 0 else on
         a = tl.where(live, gamma * lam, 0.0 if MASKED == 1 else 1.0)

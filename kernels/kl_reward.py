@@ -100,10 +100,10 @@ def _kl_reward_kernel(
     for start in range(0, T, BLOCK):
         t = start + tl.arange(0, BLOCK)
         on = tl.load(mask_BT + row + t, mask=t < T, other=0) != 0
-        d = tl.load(ref_BT + row + t, mask=on, other=0.0)
+        d = tl.load(ref_BT + row + t, mask=t < T, other=0.0)  # `on` as a mask would make the loads 4 bytes wide
         if KIND != 4:
-            d = tl.load(logprobs_BT + row + t, mask=on, other=0.0) - d
-        kl = kl_of(d, KIND)
+            d = tl.load(logprobs_BT + row + t, mask=t < T, other=0.0) - d
+        kl = kl_of(tl.where(on, d, 0.0), KIND)
         tl.store(kl_BT + row + t, kl, mask=t < T)
         tl.store(non_score_BT + row + t, -kl_coef * kl, mask=t < T)
         tl.store(rewards_BT + row + t, -kl_coef * kl + tl.where(t == last, score, 0.0), mask=t < T)

@@ -34,6 +34,7 @@ from fastppo.kernels.logprob import (
 
 TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 MAX_TILE_ROWS = 4096
+WAIT_FLOPS = 2e11  # 0.25 ms of products on an H100: the host's wait (tens of us) can only win back more than it costs
 
 
 class Head(NamedTuple):
@@ -113,7 +114,8 @@ def cpu_tile_grad(tile_RC, first, scales, bias_V, tokens_R, stats_R2, entropy_R,
 
 
 def triton_new_state(count: int, device: torch.device) -> Tensor:
-    return torch.zeros(count, 4, device=device)
+    """NaN: what stays of it is the logit of a token that no tile holds; the first tile writes the other three."""
+    return torch.full((count, 4), torch.nan, device=device)
 
 
 def triton_tile_stats(tile_RC, first, scales, bias_V, tokens_R, state_R4) -> None:
@@ -261,6 +263,17 @@ class WeightAccumulator:
             self.out_CD.copy_(self.sum_CD)
 
 
+def live_rows(live_N: Tensor, row_flops: int) -> Tensor | None:
+    """Indices of the True rows; None for all, and on a GPU where finding out costs more than it could save.
+
+    There the host waits once for the number of rows: not for less than WAIT_FLOPS of products, nor inside a capture.
+    """
+    if live_N.is_cuda and (len(live_N) * row_flops < WAIT_FLOPS or torch.cuda.is_current_stream_capturing()):
+        return None
+    index_M = live_N.nonzero()[:, 0]
+    return index_M if len(index_M) < len(live_N) else None
+
+
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, tokens_N, scales, launcher):
@@ -276,8 +289,8 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(ctx, g_N, h_N):
         hidden_ND, weight_VD, bias_V, tokens_N, stats_N2, entropy_N = ctx.saved_tensors
         saved = [stats_N2, entropy_N, g_N.contiguous(), h_N.contiguous()]
-        live_N = ((g_N != 0) | (h_N != 0)).nonzero()[:, 0]
-        compact = len(live_N) < len(hidden_ND)
+        live_N = live_rows((g_N != 0) | (h_N != 0), 6 * weight_VD.numel())
+        compact = live_N is not None
         if compact:
             hidden_MD, tokens_M = hidden_ND[live_N], tokens_N[live_N]
             saved = [x[live_N] for x in saved]
@@ -348,7 +361,7 @@ def linear_logprob(
     """Log-probability of `tokens_N` and entropy under `head` applied to `hidden_ND`; both are differentiable once.
 
     hidden_ND: [..., D] and head.weight_VD: [V, D] of one dtype, float32, bfloat16 or float16 (float64 runs the
-    reference); tokens_N: [...] int64 in [0, V), checked on a CPU. Gradients go to hidden, weight and bias. 16-bit
+    reference); tokens_N: [...] int64 in [0, V): a CPU tensor is checked, on a GPU a token outside gives NaN. Gradients go to hidden, weight and bias. 16-bit
     logits are rounded to 16 bits once, as the model's own head would; their statistics and sums are float32.
 
     Extra memory: one tile of TILE_BYTES (16 MiB on a CPU, 256 MiB on a GPU), 40 bytes per row, in backward the gradients themselves and, when some

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastppo.kernels import linear_logprob as tiles
 from fastppo.kernels._backend import extension, pick
+from fastppo.kernels._to_host import ToHost
 from fastppo.kernels.linear_logprob import Head, Scales, autocast_inputs, check_head, linear_logprob_reference
 from fastppo.kernels.logprob import DTYPE_CODES, check_temperature, check_tokens, once
 from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOLossOptions, PPOStats, ppo_loss, ppo_loss_reference
@@ -71,7 +72,10 @@ class Rows(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A chunk's results; its logits have become dloss/dlogits in rows where dlogprob or dentropy is not zero."""
+    """A chunk's results; its logits have become dloss/dlogits in rows where dlogprob or dentropy is not zero.
+
+    live_R: those rows. numbers_2: how many they are, and how many must move to stand at the front (see close_ranks).
+    """
 
     loss: Tensor
     stats: PPOStats
@@ -80,6 +84,16 @@ class Chunk(NamedTuple):
     dlogprob_R: Tensor
     dentropy_R: Tensor
     dvalues_R: Tensor
+    live_R: Tensor
+    numbers_2: ToHost
+
+
+def live_rows(dlogprob_R: Tensor, dentropy_R: Tensor) -> tuple[Tensor, ToHost]:
+    """Chunk's live_R and numbers_2."""
+    live_R = (dlogprob_R != 0) | (dentropy_R != 0)
+    live = live_R.sum()
+    in_front_R = torch.arange(len(live_R), device=live_R.device) < live
+    return live_R, ToHost(torch.stack((live, (in_front_R & ~live_R).sum())))
 
 
 def chunk_by_parts(launcher: tiles.Launcher, backend: str | None) -> Callable:
@@ -103,9 +117,10 @@ def chunk_by_parts(launcher: tiles.Launcher, backend: str | None) -> Callable:
             )
             grads = torch.autograd.grad(value, leaves, allow_unused=True)
         g_R, dvalues_R, h_R = (torch.zeros_like(logprob_R) if x is None else x.contiguous() for x in grads)
+        live = live_rows(g_R, h_R)  # on a GPU the numbers travel while the gradient of the tile is made
         if want_grad:
             launcher.tile_grad(tile_RV, 0, scales, bias_V, rows.tokens_R, stats_R2, entropy_R, g_R, h_R)
-        return Chunk(value.detach(), stats, logprob_R, entropy_R, g_R, h_R, dvalues_R)
+        return Chunk(value.detach(), stats, logprob_R, entropy_R, g_R, h_R, dvalues_R, *live)
 
     return chunk
 
@@ -136,10 +151,8 @@ def cpu_chunk(tile_RV, scales: Scales, bias_V, rows: Rows, loss: Loss, want_grad
         [x.data_ptr() for x in (logprob_R, entropy_R, dlogprob_R, dentropy_R, dvalues_R, stats_K)],
         want_grad,
     )
-    stats = PPOStats((stats_K,))
-    return Chunk(
-        torch.tensor(value, dtype=torch.float32), stats, logprob_R, entropy_R, dlogprob_R, dentropy_R, dvalues_R
-    )
+    made = (PPOStats((stats_K,)), logprob_R, entropy_R, dlogprob_R, dentropy_R, dvalues_R)
+    return Chunk(torch.tensor(value, dtype=torch.float32), *made, *live_rows(dlogprob_R, dentropy_R))
 
 
 def chunk_rows(count: int, vocab: int, itemsize: int, device_type: str) -> int:
@@ -148,13 +161,16 @@ def chunk_rows(count: int, vocab: int, itemsize: int, device_type: str) -> int:
     return -(-count // -(-count // most)) if count else 1
 
 
-def close_ranks(tile_RV: Tensor, live_R: Tensor) -> Tensor:
+def _first(on_R: Tensor, count: int) -> Tensor:
+    """Indices of the first `count` True of on_R, which has as many: nonzero without its wait for a GPU."""
+    return on_R.to(torch.int8).argsort(descending=True, stable=True)[:count]
+
+
+def close_ranks(tile_RV: Tensor, live_R: Tensor, live: int, moves: int) -> Tensor:
     """Move live rows from the back of the tile into dead rows at its front; returns which row each front row now is."""
-    live = int(live_R.sum())
     order_R = torch.arange(len(live_R), device=live_R.device)
-    holes = (~live_R[:live]).nonzero()[:, 0]
-    fillers = live_R[live:].nonzero()[:, 0] + live
-    for span in tiles.spans(len(holes), MOVE_ROWS):  # in steps: the moved rows are copied once on their way
+    holes, fillers = _first(~live_R[:live], moves), _first(live_R[live:], moves) + live
+    for span in tiles.spans(moves, MOVE_ROWS):  # in steps: the moved rows are copied once on their way
         tile_RV[holes[span]] = tile_RV[fillers[span]]
     order_R[holes] = fillers
     return order_R[:live]
@@ -204,11 +220,11 @@ def run_chunks(chunk: Callable, rows: Rows, head: Head, scales: Scales, loss: Lo
         parts.append(part)
         if not any(needs[i] for i in (0, 2, 3)):
             continue
-        live_R = (part.dlogprob_R != 0) | (part.dentropy_R != 0)
-        if bool(live_R.all()):
+        live, moves = part.numbers_2.read()
+        if live == len(tile_RV):
             sums.add(span, tile_RV, part_rows.hidden_RD, weight_VD)
-        elif bool(live_R.any()):
-            order_L = close_ranks(tile_RV, live_R)
+        elif live:
+            order_L = close_ranks(tile_RV, part.live_R, live, moves)
             sums.add(order_L + span.start, tile_RV[: len(order_L)], part_rows.hidden_RD[order_L], weight_VD)
     if sums.empty and sums.dweight_VD is not None:
         sums.dweight_VD.zero_()
@@ -223,9 +239,12 @@ class _LinearPPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, values_N, weight_VD, bias_V, tokens_N, batch, scales, loss, chunk):
         rows, keep_N = Rows(hidden_ND, values_N, tokens_N, batch), None
-        if batch.mask_N is not None and not bool(batch.mask_N.all()):
+        if batch.mask_N is not None:
             keep_N = batch.mask_N.nonzero()[:, 0]
-            rows = rows.take(keep_N)
+            if len(keep_N) == len(hidden_ND):
+                keep_N = None
+            else:
+                rows = rows.take(keep_N)
         needs = tuple(ctx.needs_input_grad[:4])
         with torch.autocast(hidden_ND.device.type, enabled=False):
             parts, sums = run_chunks(chunk, rows, Head(weight_VD, bias_V), scales, loss, needs)
@@ -335,6 +354,9 @@ def linear_ppo_loss(
     reference); values_N, tokens_N and batch's tensors: [...]. options, normalizer (default: how many tokens count) and
     whiten are ppo_loss's. The loss of micro-batches that share one normalizer adds up to the whole batch's, and so do
     their gradients. Memory is bounded as the module says.
+
+    On a GPU the host waits once for the rows of a mask with False in it (give the rows that count, and there is no mask), and
+    at each chunk for how many rows have a gradient, while the GPU makes that gradient.
 
     backward may run once: it hands over the gradients that the forward made. Under no_grad only the loss is computed.
     Raises ValueError for a wrong shape, dtype, device, token, head or temperature.

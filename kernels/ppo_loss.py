@@ -166,6 +166,12 @@ def ppo_loss_reference(
 
 
 @triton.jit
+def _load(x_ptr, inside, on):
+    """What lies at x_ptr, 0 where it does not count. Not masked by `on`: a mask that varies by token makes every load 4 bytes wide."""
+    return tl.where(on, tl.load(x_ptr, mask=inside, other=0.0), 0.0)
+
+
+@triton.jit
 def _ppo_loss_kernel(
     logprobs_N, values_N, entropy_N, old_logprobs_N, old_values_N, advantages_N, returns_N, mask_N,
     grad_logprobs_N, grad_values_N, grad_entropy_N, partials_KG, ticket, whiten_2, normalizer_1, loss_1, stats_K,
@@ -176,9 +182,10 @@ def _ppo_loss_kernel(
     """WHITEN 0: off, 1: numbers, 2: tensor. COUNT: the normalizer comes from a tensor."""
     block = tl.program_id(0)
     n = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    on = n < N
+    inside = n < N
+    on = inside
     if HAS_MASK:
-        on &= tl.load(mask_N + n, mask=on, other=0) != 0
+        on &= tl.load(mask_N + n, mask=inside, other=0) != 0
     if WHITEN == 2:
         mean = tl.load(whiten_2)
         rstd = tl.load(whiten_2 + 1)
@@ -186,36 +193,37 @@ def _ppo_loss_kernel(
         normalizer = tl.maximum(tl.load(normalizer_1), 1.0)
     scale = 1.0 / normalizer
 
-    log_ratio = tl.load(logprobs_N + n, mask=on, other=0.0) - tl.load(old_logprobs_N + n, mask=on, other=0.0)
+    log_ratio = _load(logprobs_N + n, inside, on) - _load(old_logprobs_N + n, inside, on)
     ratio = tl.where(on, tl.exp(log_ratio), 0.0)
-    advantage = tl.load(advantages_N + n, mask=on, other=0.0)
+    advantage = _load(advantages_N + n, inside, on)
     if WHITEN:
         advantage = tl.where(on, (advantage - mean) * rstd, 0.0)
     clipped_ratio = tl.minimum(tl.maximum(ratio, low), high)
     plain = -advantage * ratio
     clipped = -advantage * clipped_ratio
-    policy = tl.where(on, tl.maximum(plain, clipped), 0.0)
-    grad_logprob = tl.where((clipped_ratio == ratio) | (plain > clipped), plain, 0.0)
+    # a NaN must reach the loss and the gradient: by itself, tl.maximum takes the other side
+    policy = tl.where(on, tl.maximum(plain, clipped, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    grad_logprob = tl.where((clipped_ratio == ratio) | (plain > clipped) | (plain != plain), plain, 0.0)
     dual = on & (advantage < 0) & (policy > -advantage * dual_clip) & DUAL
     policy = tl.where(dual, -advantage * dual_clip, policy)
 
-    value = tl.load(values_N + n, mask=on, other=0.0)
-    old_value = tl.load(old_values_N + n, mask=on, other=0.0)
-    ret = tl.load(returns_N + n, mask=on, other=0.0)
+    value = _load(values_N + n, inside, on)
+    old_value = _load(old_values_N + n, inside, on)
+    ret = _load(returns_N + n, inside, on)
     clipped_value = tl.minimum(tl.maximum(value, old_value - cliprange_value), old_value + cliprange_value)
     error = (value - ret) * (value - ret)
     clipped_error = (clipped_value - ret) * (clipped_value - ret)
     # torch.maximum halves the gradient at a tie; inside the clip range both sides carry it.
     weight = tl.where(error > clipped_error, 1.0, tl.where(error == clipped_error, 0.5, 0.0))
     weight = tl.where(clipped_value == value, 1.0, weight)
-    value_loss = 0.5 * tl.maximum(error, clipped_error)
-    entropy = tl.load(entropy_N + n, mask=on, other=0.0) if HAS_ENTROPY else tl.zeros([BLOCK], tl.float32)
+    value_loss = 0.5 * tl.maximum(error, clipped_error, propagate_nan=tl.PropagateNan.ALL)
+    entropy = _load(entropy_N + n, inside, on) if HAS_ENTROPY else tl.zeros([BLOCK], tl.float32)
 
     if GRAD:
-        tl.store(grad_logprobs_N + n, tl.where(on & (dual == 0), grad_logprob * scale, 0.0), mask=n < N)
-        tl.store(grad_values_N + n, (value - ret) * weight * (vf_coef * scale), mask=n < N)
+        tl.store(grad_logprobs_N + n, tl.where(on & (dual == 0), grad_logprob * scale, 0.0), mask=inside)
+        tl.store(grad_values_N + n, (value - ret) * weight * (vf_coef * scale), mask=inside)
         if HAS_ENTROPY:
-            tl.store(grad_entropy_N + n, tl.where(on, -entropy_coef * scale, 0.0), mask=n < N)
+            tl.store(grad_entropy_N + n, tl.where(on, -entropy_coef * scale, 0.0), mask=inside)
 
     count = tl.sum(on.to(tl.float32))
     return_sum, old_value_sum = tl.sum(ret), tl.sum(old_value)
@@ -302,6 +310,8 @@ def _launch_triton(logprobs_N, values_N, entropy_N, batch, options, normalizer, 
     if normalizer is None:
         normalizer = float(N) if mask_N is None else mask_N.sum(dtype=torch.float32)
     count = isinstance(normalizer, torch.Tensor)
+    if whiten is not None and any(isinstance(x, torch.Tensor) for x in whiten):  # float(x) would wait for the GPU
+        whiten = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device) for x in whiten])
     in_tensor = isinstance(whiten, torch.Tensor)
     mean, rstd = (0.0, 1.0) if whiten is None or in_tensor else whiten
     work = torch.empty(len(STATS) * (G + 1) + 1, dtype=torch.float32, device=device)

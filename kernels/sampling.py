@@ -196,10 +196,18 @@ def _adjusted_on_gpu(logits_BV, options, history, banned):
     """(y_BV, rows whose history is wrong): a float32 copy with penalty and bans, or the logits themselves without either."""
     if history is None and banned is None:
         return logits_BV, None
-    outside_B = None
-    if history is not None:
-        outside_B = (history[1] & ((history[0] < 0) | (history[0] >= logits_BV.shape[1]))).any(dim=1)
-    return adjusted_logits_reference(logits_BV.float(), options, history, banned), outside_B
+    y_BV, outside_B, V = logits_BV.float(), None, logits_BV.shape[1]
+    if history is not None:  # as adjusted_logits_reference does, without selecting by a mask, which waits for the GPU
+        tokens_BL, mask_BL = history
+        outside_BL = (tokens_BL < 0) | (tokens_BL >= V)
+        outside_B = (mask_BL & outside_BL).any(dim=1)
+        column_BL = tokens_BL.masked_fill(outside_BL | ~mask_BL, V)  # what does not count goes to a column of its own
+        seen_BV = torch.zeros(len(y_BV), V + 1, dtype=torch.bool, device=y_BV.device).scatter_(1, column_BL, True)[
+            :, :V
+        ]
+        penalty = options.repetition_penalty
+        y_BV = torch.where(seen_BV, torch.where(y_BV > 0, y_BV / penalty, y_BV * penalty), y_BV)
+    return y_BV if banned is None else y_BV.masked_fill(banned, -math.inf), outside_B
 
 
 def _sampling_triton(logits_BV, seeds_B, positions_B, options, history=None, banned=None):

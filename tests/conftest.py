@@ -14,6 +14,14 @@ from fastppo.kernels._backend import BACKENDS, missing
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_collection_modifyitems(items):
+    """`pytest -m gpu`: everything that runs on the GPU where there is one, which is what takes `device`."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if "device" in getattr(item, "fixturenames", ()) and params.get("backend") != "cpu":
+            item.add_marker("gpu")
+
+
 @pytest.fixture
 def device():
     return torch.device(DEVICE)

@@ -23,7 +23,9 @@ class TritonCase:
     """One Triton kernel as it is launched on a GPU.
 
     kernel: "module:function". types: Triton types of its run-time arguments, in order, separated by spaces ("*bf16 i32 fp32").
-    constexprs: the rest. wants_90: instructions (regular expressions) that its sm_90 SASS must hold. warps, stages: as launched.
+    constexprs: the rest. sixteens: integer arguments that are multiples of 16 in a usual launch, as triton's launcher finds out by itself;
+    wants_80, wants_90: instructions (regular expressions) that its SASS must hold. archs: where it runs.
+    label: what tells cases of one kernel apart. warps, stages: as launched.
     """
 
     kernel: str
@@ -31,11 +33,17 @@ class TritonCase:
     constexprs: dict
     warps: int = 4
     stages: int = 3
+    sixteens: tuple[str, ...] = ()
+    wants_80: tuple[str, ...] = ()
     wants_90: tuple[str, ...] = ()
+    label: str = ""
+    archs: tuple[int, ...] = (80, 90)
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.split(':')[1]}[{self.types.split()[0].removeprefix('*')}]"
+        label = f" {self.label}" if self.label else ""
+        kind = self.types.split()[0].removeprefix("*")
+        return f"{self.kernel.split(':')[1]}[{'' if kind.startswith('tensordesc') else kind}{label}]"
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,11 @@ def compile_triton(case: TritonCase, arch: int, folder: Path) -> Compiled:
     if len(runtime) != len(types):
         raise ValueError(f"{case.kernel} takes {runtime} besides its constexprs; the registry gives {types}")
     signature = {a: "constexpr" if a in case.constexprs else types[runtime.index(a)] for a in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, a in enumerate(kernel.arg_names)
+        if signature[a].startswith("*") or a in case.sixteens
+    }
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

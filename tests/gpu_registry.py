@@ -1,18 +1,23 @@
 """Every GPU kernel and how it is launched, for the compile gates (test_gpu_compile.py): add a line with a new kernel.
 
-WIDE: the kernel is meant to load 16 bytes at a time. TENSOR_CORES: its products run on wgmma.
+WIDE: loads of 16 bytes; ASYNC: the same into shared memory, past the registers; TMA: by the tensor copy engine. WGMMA, MMA: products on
+the tensor cores, of Hopper and of Ampere. A memory-bound kernel must be WIDE for aligned shapes (`sixteens`); where rows begin
+anywhere (packed sequences, odd vocabularies) it can't be.
 """
 
 from gpu_compile import TritonCase
 
 WIDE = r"LDG\.E(\.\w+)*\.128"
-TENSOR_CORES = r"\bHGMMA\b"
+ASYNC = r"LDGSTS\.E(\.\w+)*\.128"
+TMA, WGMMA, MMA = r"\bUTMALDG\b", r"\bHGMMA\b", r"\bHMMA\b"
+BOTH_WIDE = {"wants_80": (WIDE,), "wants_90": (WIDE,)}
 
 _PPO_LOSS = {
     **{name: True for name in ("HAS_MASK", "HAS_ENTROPY", "GRAD", "DUAL", "COUNT")},
     **{"WHITEN": 2, "BLOCK": 1024, "BLOCK_G": 128},
 }
 
+_ROWS = ("outer_stride", "inner_stride", "d_outer_stride", "d_inner_stride", "columns", "first")
 _LOGITS = dict(BIAS=False, CAP=False, BLOCK=4096)
 _STATS = "*{0} *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i64 i64 i32 i32 fp32 fp32"
 _GRAD = "*{0} *{0} *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i64 i64 i32 i64 i64 i32 i32 fp32 fp32 fp32"
@@ -36,6 +41,9 @@ TRITON: list[TritonCase] = [
             _SAMPLING_TYPES.format(kind, "fp32" if filters else kind),
             {**_SAMPLING, "TOP_K": filters, "TOP_P": filters},
             warps=8,
+            sixteens=("V", "x_stride", "y_stride"),
+            label="filters" if filters else "",
+            **(BOTH_WIDE if kind == "fp32" else {}),  # a tile of 1024 over 8 warps is 8 bytes a thread in 16 bits
         )
         for kind in ("fp32", "bf16")
         for filters in (False, True)
@@ -45,6 +53,9 @@ TRITON: list[TritonCase] = [
             "fastppo.kernels._paged_attention_triton:paged_attention_kernel",
             _PAGED_TYPES.format(kind),
             {**_PAGED, "D": D, "D_PADDED": D},
+            sixteens=("q_row", "q_head"),
+            wants_80=(ASYNC,) if kind == "fp32" else (ASYNC, MMA),
+            wants_90=(ASYNC,) if kind == "fp32" else (ASYNC, MMA),  # 16 query heads are too few rows for wgmma
         )
         for kind, D in (("fp32", 64), ("bf16", 128), ("fp16", 256))
     ),
@@ -58,6 +69,8 @@ TRITON: list[TritonCase] = [
         "fastppo.kernels._paged_attention_triton:cache_write_kernel",
         "*bf16 *bf16 *bf16 *bf16 *i64 i32 i32 i32 i32",
         {"KV": 8, "D": 128, "PADDED": 1024},
+        sixteens=("k_token", "k_head", "v_token", "v_head"),
+        **BOTH_WIDE,
     ),
     *(
         TritonCase(
@@ -65,6 +78,9 @@ TRITON: list[TritonCase] = [
             _STATS.format(kind),
             {**_LOGITS, "CONTINUE": more, "FINISH": not more, "BIAS": more, "CAP": more},
             warps=8,
+            sixteens=_ROWS,
+            label="bias, cap" if more else "",
+            **BOTH_WIDE,
         )
         for kind in ("fp32", "bf16", "fp16")
         for more in (False, True)
@@ -75,25 +91,65 @@ TRITON: list[TritonCase] = [
             _GRAD.format(kind),
             {**_LOGITS, "BIAS": more, "CAP": more},
             warps=8,
+            sixteens=_ROWS,
+            label="bias, cap" if more else "",
+            **BOTH_WIDE,
         )
         for kind in ("fp32", "bf16", "fp16")
         for more in (False, True)
     ),
-    TritonCase("fastppo.kernels.gae:_gae_kernel", _GAE_TYPES, _GAE),
-    TritonCase("fastppo.kernels.gae:_gae_kernel", _GAE_TYPES, {**_GAE, "PACKED": True, "MASKED": 2, "SHAPED": False}),
+    TritonCase("fastppo.kernels.gae:_gae_kernel", _GAE_TYPES, _GAE, sixteens=("T",), **BOTH_WIDE),
+    TritonCase(
+        "fastppo.kernels.gae:_gae_kernel",
+        _GAE_TYPES,
+        {**_GAE, "PACKED": True, "MASKED": 2, "SHAPED": False},
+        label="packed",
+    ),
     TritonCase(
         "fastppo.kernels.kl_reward:_kl_reward_kernel",
         "*fp32 *fp32 *i1 *fp32 *fp32 *fp32 *fp32 i32 fp32",
         {"KIND": 3, "BLOCK": 1024},
+        sixteens=("T",),
+        **BOTH_WIDE,
     ),
     TritonCase(
         "fastppo.kernels.ppo_loss:_ppo_loss_kernel",
         "*fp32 " * 7 + "*i1 " + "*fp32 " * 4 + "*i32 " + "*fp32 " * 4 + "i32 i32 " + "fp32 " * 9,
         _PPO_LOSS,
+        sixteens=("N",),
+        **BOTH_WIDE,
+    ),
+    *(
+        TritonCase(
+            "fastppo.kernels._linear_stats_triton:linear_stats_kernel",
+            f"*{kind} *{kind} *fp32 *i64 *fp32 i32 i32 i32 fp32 fp32",
+            {"BIAS": more, "CAP": more, "SPLIT": 4096, "TMA": False, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64},
+            warps=8,
+            sixteens=("D",),
+            wants_80=(ASYNC, MMA),
+            wants_90=(ASYNC, WGMMA),
+            label="bias, cap" if more else "",
+        )
+        for kind in ("bf16", "fp16")
+        for more in (False, True)
+    ),
+    *(
+        TritonCase(
+            "fastppo.kernels._linear_stats_triton:linear_stats_kernel",
+            f"tensordesc<{kind}[128,64]> tensordesc<{kind}[256,64]> *fp32 *i64 *fp32 i32 i32 i32 fp32 fp32",
+            {"BIAS": more, "CAP": more, "SPLIT": 4096, "TMA": True, "ROWS": 128, "COLUMNS": 256, "DEPTH": 64},
+            warps=8,
+            sixteens=("D",),
+            archs=(90,),
+            wants_90=(TMA, WGMMA),
+            label=f"{kind} TMA" + (", bias, cap" if more else ""),
+        )
+        for kind in ("bf16", "fp16")
+        for more in (False, True)
     ),
 ]
 
-# file stem -> instructions that some kernel of the file must use on sm_90a
+# file stem -> instructions that some kernel of the file must use
 CUDA_WANTS: dict[str, tuple[str, ...]] = {
     "gae": (WIDE,),
     "logprob": (WIDE,),

@@ -1,5 +1,8 @@
 """Gates on what the GPU compilers make of every kernel: no spills, no float64, shared memory that fits, the instructions
-that the kernel is meant to use. Runs without a GPU."""
+that the kernel is meant to use. Runs without a GPU.
+
+FASTPPO_GPU_TABLE=docs/gpu_notes.md writes the table of registers and memory between that file's markers as well.
+"""
 
 import os
 import re
@@ -13,6 +16,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's process compiles nothing"
 )
 rows: list[Compiled] = []
+MARKERS = ("<!-- registers: begin -->", "<!-- registers: end -->")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,18 +24,25 @@ def printed_table(request):
     yield
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        print("\n" + table(sorted(rows, key=lambda row: (row.name, row.arch))))
+        text = table(sorted(rows, key=lambda row: (row.name, row.arch)))
+        print("\n" + text)
+    if name := os.environ.get("FASTPPO_GPU_TABLE"):
+        path = ROOT / name
+        before, _, rest = path.read_text().partition(MARKERS[0])
+        path.write_text(f"{before}{MARKERS[0]}\n```\n{text}\n```\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}")
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("case", TRITON, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [pytest.param(case, arch, id=f"{case.name}-{arch}") for case in TRITON for arch in case.archs],
+)
 def test_triton_kernel(case, arch, tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
     made = compile_triton(case, arch, tmp_path)
     rows.append(made)
     assert not made.faults, f"{made.name} on sm_{arch}: {made.faults}"
-    if arch == 90:
-        assert not made.missing(case.wants_90), f"{made.name}: its SASS has no {made.missing(case.wants_90)}"
+    wants = {80: case.wants_80, 90: case.wants_90}[arch]
+    assert not made.missing(wants), f"{made.name} on sm_{arch}: its SASS has no {made.missing(wants)}"
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -44,7 +55,7 @@ def test_cuda_source(source, arch, tmp_path):
     rows.extend(kernels)
     faults = {kernel.name: kernel.faults for kernel in kernels if kernel.faults}
     assert kernels and not faults, f"{source.name} on sm_{arch}: {faults}"
-    wants = CUDA_WANTS.get(source.stem, ()) if arch == 90 else ()
+    wants = CUDA_WANTS.get(source.stem, ())
     unmet = [want for want in wants if all(kernel.missing((want,)) for kernel in kernels)]
     assert not unmet, f"{source.name}: no kernel's SASS has {unmet}"
 

@@ -275,3 +275,15 @@ def test_bad_input(message):
     arguments = {"hidden": HIDDEN_ND, "head": Head(WEIGHT_VD), "tokens": TOKENS_N, **BAD[message]}
     with pytest.raises(ValueError, match="linear_logprob: .*" + message):
         linear_logprob(*[arguments.pop(name) for name in ("hidden", "head", "tokens")], **arguments)
+
+
+def test_token_outside_the_vocabulary(backend, device, small_tiles):
+    """Never a finite number: the CPU looks and raises; a GPU does not look (that would wait), and gives NaN."""
+    hidden_ND, weight_VD, *_ = inputs(3, 4, 600, device, bias=False)
+    tokens_N = torch.tensor([600, 5, -1], device=device)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"tokens_N must be in \[0, 600\); got values from -1 to 600"):
+            linear_logprob(hidden_ND, Head(weight_VD), tokens_N, backend=backend)
+    if backend == "triton":  # as on a GPU, past the check
+        made = room.BACKEND_TABLE["triton"](hidden_ND, Head(weight_VD), tokens_N, 1.0)
+        assert made.logprob_N.isnan().tolist() == [True, False, True] and made.entropy_N.isfinite().all()

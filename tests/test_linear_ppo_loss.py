@@ -332,3 +332,16 @@ def test_bad_input(message):
     BAD[message](arguments)
     with pytest.raises(ValueError, match="linear_ppo_loss: " + message):
         linear_ppo_loss(*arguments.values(), PPOLossOptions())
+
+
+def test_token_outside_the_vocabulary(backend, device):
+    """A CPU looks and raises (see above); a GPU does not look, and its loss and that token's log-prob are NaN."""
+    if backend != "triton":
+        pytest.skip("the C++ back end and the reference run behind the check")
+    hidden_ND, values_N, weight_VD, bias_V, tokens_N, batch = inputs(4, 8, 37, device, mask="none")
+    tokens_N[2] = 37
+    kw = dict(temperature=1.0, normalizer=None, whiten=None)
+    head = Head(weight_VD, bias_V)
+    made = room.BACKEND_TABLE["triton"](hidden_ND, values_N, head, tokens_N, batch, PPOLossOptions(), **kw)
+    assert made.loss.isnan()
+    assert made.logprob_N.isnan().tolist() == [False, False, True, False]

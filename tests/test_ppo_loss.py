@@ -267,3 +267,19 @@ def test_masks_cover_the_kinds():
 def test_imports_without_triton():
     code = "import sys; sys.modules['triton'] = None\nimport fastppo.kernels.ppo_loss as p\nassert p.BACKEND_TABLE"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "values", "old_logprobs", "advantages", "returns"])
+def test_nan_is_not_hidden(backend, device, name):
+    """Neither clamp nor max may swallow it: the trainer's guard against NaN looks at the loss and the gradients."""
+    torch.manual_seed(0)
+    x = {
+        key: torch.randn(6, device=device) for key in ("logprobs", "values", "old_logprobs", "old_values", "advantages")
+    }
+    x["returns"] = torch.randn(6, device=device)
+    x[name][3] = torch.nan
+    logprobs_N, values_N = (x[key].requires_grad_() for key in ("logprobs", "values"))
+    batch = PPOBatch(x["old_logprobs"], x["old_values"], x["advantages"], x["returns"])
+    loss = ppo_loss(logprobs_N, values_N, batch, PPOLossOptions(), backend=backend).loss
+    gradient_N = torch.autograd.grad(loss, values_N if name in ("values", "returns") else logprobs_N)[0]
+    assert loss.isnan() and gradient_N.isnan().tolist() == [False, False, False, True, False, False]

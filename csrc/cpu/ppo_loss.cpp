@@ -53,12 +53,13 @@ FASTPPO_INLINE void token_terms(const Block& b, int n, const PPOLossOptions& o, 
   }
   for (int i = 0; i < n; ++i) {
     const float log_ratio = -t.at[kPolicyKL][i], advantage = t.at[kAdvantage][i];
-    const float ratio = t.at[kCount][i] * exp_scalar(log_ratio);
+    const float ratio = log_ratio == log_ratio ? t.at[kCount][i] * exp_scalar(log_ratio) : log_ratio;
     const float above = ratio < low_ratio ? low_ratio : ratio;
     const float clipped_ratio = above > high_ratio ? high_ratio : above;
     const float plain = -advantage * ratio, clipped = -advantage * clipped_ratio;
-    const float surrogate = plain > clipped ? plain : clipped;
-    const float moving = plain > clipped ? plain : 0.0f;  // d(-A r)/d logprob = -A r
+    // compared so that a NaN stays: the trainer's guard looks for it in the loss and the gradients
+    const float surrogate = clipped > plain ? clipped : plain;
+    const float moving = plain <= clipped ? 0.0f : plain;  // d(-A r)/d logprob = -A r
     const float grad = clipped_ratio == ratio ? plain : moving;
     const float bound = advantage < 0.0f ? -advantage * dual_clip + never : kNever;
     t.at[kRatio][i] = ratio;
@@ -80,7 +81,7 @@ FASTPPO_INLINE void token_terms(const Block& b, int n, const PPOLossOptions& o, 
     const float halved = error == clipped_error ? 0.5f : outside;
     const float weight = clipped_value == value ? 1.0f : halved;
     t.at[kValueError][i] = error;
-    t.at[kValueLoss][i] = 0.5f * (error > clipped_error ? error : clipped_error);
+    t.at[kValueLoss][i] = 0.5f * (clipped_error > error ? clipped_error : error);
     t.at[kValueClipped][i] = clipped_error > error ? 1.0f : 0.0f;
     g.values[i] = distance * weight * grad_value;
     g.entropy[i] = t.at[kCount][i] * grad_entropy;

@@ -26,7 +26,8 @@ class Call(NamedTuple):
     dropout: float
 
 
-def _symbol(module: str, name: str) -> Callable | str:
+def load_symbol(module: str, name: str) -> Callable | str:
+    """A function, or in words why there is none."""
     try:
         found = getattr(importlib.import_module(module), name, None)
     except (ImportError, OSError, RuntimeError) as error:  # missing; shared library missing; ABI mismatch
@@ -92,7 +93,7 @@ BACKENDS = {
 def load(name: str) -> Callable | str:
     """The function behind a back end, or in words why there is none."""
     module, symbol, _ = BACKENDS[name]
-    return _symbol(module, symbol)
+    return load_symbol(module, symbol)
 
 
 def missing(name: str, call: Call, window: int | None = None) -> str | None:

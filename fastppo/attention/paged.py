@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastppo.attention.decode import decode_attention
 from fastppo.attention.layout import Packed
 from fastppo.attention.varlen import varlen_attention
 from fastppo.kernels.paged_attention import cache_write, paged_attention
@@ -93,7 +94,7 @@ class PagedDecode:
         k_cache, v_cache = self.cache.layers[module.layer_idx]
         _write(k_BKD, v_BKD, k_cache, v_cache, self.slots_N)
         tables = (self.block_tables_BM, self.context_lens_B)
-        return paged_attention(q_BHD, k_cache, v_cache, *tables, scale=scale, window=window, softcap=softcap)
+        return decode_attention(q_BHD, k_cache, v_cache, *tables, scale=scale, window=window, softcap=softcap)
 
 
 class Probe:

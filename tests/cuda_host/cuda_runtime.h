@@ -3,8 +3,14 @@
 // Covers: grids and blocks of any shape, __shared__ (static and dynamic), __syncthreads, __syncwarp, warp shuffles,
 // votes and reductions over full or partial warps, atomics, vector types, fast math by the exact functions, bf16/fp16.
 // Does not cover: races (fibers switch only at barriers, so a missing barrier may pass: compute-sanitizer's racecheck
-// is for that), memory consistency, unaligned vector loads, tensor cores, TMA, cp.async, inline PTX, clusters, limits
-// on registers and shared memory, and timing. A barrier that not every thread reaches aborts with a message.
+// is for that), memory consistency between blocks (the last-block counters of gae.cu run one block after the other),
+// addresses outside an allocation (memcheck's) and unaligned vector loads, tensor cores, TMA, cp.async, clusters, limits on
+// registers and shared memory, streams, launch errors, and timing. Inline PTX (ex2, cvt in logprob.cu) does not run: its plain C++ stand-in does,
+// so the hardware's approximate functions (ex2.approx, __expf, __logf: 2 ulp or so) are replaced by exact ones. A barrier that
+// not every thread reaches aborts with a message.
+//
+// By file: gae.cu and paged_attention.cu run whole; logprob.cu without its PTX; sampling.cu whole, its atomics in one fixed order.
+// The Triton kernels do not pass here: the interpreter runs them (tests/test_triton_interpreter.py), without their compiler.
 #pragma once
 #include <ucontext.h>
 
