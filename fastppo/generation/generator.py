@@ -12,6 +12,7 @@ from fastppo.attention.paged import KVCache
 from fastppo.data import Rollout
 from fastppo.generation import fallback
 from fastppo.generation.block_manager import BlockManager
+from fastppo.generation.cuda_graphs import DecodeGraphs
 from fastppo.generation.fast_path import program_for
 from fastppo.generation.loop import Loop, Record
 from fastppo.generation.memory import free_memory
@@ -35,7 +36,8 @@ class Generator:
     block_size: tokens per KV page.   max_num_seqs: most sequences decoded together.   max_num_batched_tokens: most prompt
     tokens read in one forward pass (None: 1,024 on a CPU, 8,192 on a GPU).   decode_weights: torch.bfloat16 halves what a
     decode step on a CPU reads; None keeps the model's dtype.   num_blocks / kv_cache_bytes: size of the KV cache; None takes what the call can
-    use, at most half of the free memory.   share_prefixes: equal beginnings of prompts are computed once.
+    use, at most half of the free memory.   share_prefixes: equal beginnings of prompts are computed once.   cuda_graphs: replay decode steps
+    on a GPU as CUDA graphs (where a capture fails, that is logged once); False launches each operation.
     A model outside transformers' attention interface, and an argument that needs it (beams, assisted generation), goes
     to `model.generate`; that is logged once.
     """
@@ -52,6 +54,7 @@ class Generator:
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
         share_prefixes: bool = True,
+        cuda_graphs: bool = True,
     ):
         sizes = {"block_size": block_size, "max_num_seqs": max_num_seqs, "num_blocks": num_blocks}
         sizes |= {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_bytes": kv_cache_bytes}
@@ -65,6 +68,8 @@ class Generator:
         if decode_weights not in (None, torch.bfloat16):
             raise ValueError(f"Generator: decode_weights must be None or torch.bfloat16; got {decode_weights!r}")
         self.decode_weights = decode_weights
+        self.cuda_graphs = cuda_graphs
+        self.graphs: DecodeGraphs | None = None  # made by the first rollout on a GPU
         self.block_manager: BlockManager | None = None  # of the last rollout: every page is free after it
         self.num_preemptions = 0  # of the last rollout
         self._layers = None
@@ -129,11 +134,16 @@ class Generator:
         budget = self.max_num_batched_tokens or (1024 if runner.device.type == "cpu" else 8192)
         scheduler = Scheduler(self.block_manager, self.max_num_seqs, budget)
         record = Record(len(prompts), params.pad)
-        loop = Loop(scheduler, runner, Sampler(params, model, runner.device), Stopping(params, runner.device), record)
+        sampler, stopping = Sampler(params, model, runner.device), Stopping(params, runner.device)
+        loop = Loop(scheduler, runner, sampler, stopping, record)
+        if self.graphs is None and runner.device.type == "cuda":
+            self.graphs = DecodeGraphs(runner.device, self.cuda_graphs)
         try:
             for group in groups:
                 scheduler.add(group)
             runner.program = program_for(runner, self.decode_weights)
+            if runner.program is None and self.graphs is not None and sampler.is_plain:
+                runner.use_graphs(self.graphs, sampler.options, stopping.eos)
             while not scheduler.is_finished:
                 loop.step()
             return record.rollout(prompts)
@@ -141,6 +151,8 @@ class Generator:
             scheduler.abort()
             if runner.program is not None:
                 runner.program.close()
+            if runner.graphs is not None:
+                runner.graphs.end()
             self.num_preemptions = scheduler.num_preemptions
 
     def _num_blocks(self, groups: list[Sequence]) -> int:

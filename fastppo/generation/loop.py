@@ -13,7 +13,7 @@ from fastppo.generation.sequence import Sequence
 from fastppo.generation.stopping import Stopping
 from fastppo.kernels.sampling import Sample, raise_on_bad_rows
 
-STEPS_AT_ONCE = 16  # decode steps of one call into C++; an interrupt waits for as many
+STEPS_AT_ONCE = 16  # decode steps of one call into C++ or of CUDA graphs; an interrupt waits for as many
 
 
 class Loop:
@@ -39,7 +39,7 @@ class Loop:
                 self._sample(seqs, _repeat(output, repeats))
             return
         self.runner.cache.copy_blocks(step.copies)
-        fast = self._is_plain and self.runner.program is not None
+        fast = self._is_plain and self.runner.decodes_several
         steps = self.scheduler.reserve(step.seqs, STEPS_AT_ONCE) if fast else 1
         if steps > 1:
             self._decode_several(step.seqs, steps)
@@ -55,12 +55,12 @@ class Loop:
         self._state = None
         others_wait = bool(self.scheduler.waiting)
         drawn = self.runner.decode_steps(seqs, steps, self.sampler.options, self.stopping.eos, others_wait)
-        counts = drawn.counts_B.tolist()
-        if int(drawn.tokens_SB.min()) < 0:
+        counts, tokens_SB = drawn.counts_B.tolist(), drawn.tokens_SB.cpu()  # from a GPU once, not for each question
+        if int(tokens_SB.min()) < 0:
             last = max(counts) - 1
-            raise_on_bad_rows(Sample(drawn.tokens_SB[last], *drawn.numbers_3SB[:, last]))
+            raise_on_bad_rows(Sample(tokens_SB[last], *drawn.numbers_3SB[:, last].cpu()))
         self.record.add_steps(seqs, drawn, self.runner.values)
-        tokens = [column[:n] for column, n in zip(drawn.tokens_SB.T.tolist(), counts, strict=True)]
+        tokens = [column[:n] for column, n in zip(tokens_SB.T.tolist(), counts, strict=True)]
         reasons = [self.stopping.reason(seq, new) for seq, new in zip(seqs, tokens, strict=True)]
         self._finish(seqs, reasons)
         self.scheduler.extend(seqs, tokens, reasons)

@@ -4,14 +4,18 @@ Suffixes: N tokens of a step, B sequences of a step, M pages per sequence, V voc
 """
 
 import contextlib
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from fastppo.attention.layout import Packed, using
 from fastppo.attention.paged import KVCache, LayerSpec, PagedDecode, PagedPrefill
+from fastppo.generation.cuda_graphs import DecodeGraphs, Step, fingerprint
 from fastppo.generation.scheduler import Chunk
 from fastppo.generation.sequence import Sequence
+from fastppo.kernels.sampling import SamplingOptions
 
 
 class Output(NamedTuple):
@@ -38,6 +42,7 @@ class ModelRunner:
     def __init__(self, model, v_head, layers: list[LayerSpec], num_blocks: int, block_size: int):
         self.model, self.v_head = model, v_head
         self.program = None  # a DecodeProgram takes the place of the model's Python where it can
+        self.graphs: DecodeGraphs | None = None  # on a GPU: several decode steps without the host in between
         self.device = model.get_input_embeddings().weight.device
         self.block_size = block_size
         self.cache = KVCache(layers, num_blocks, block_size, self.device)
@@ -74,7 +79,7 @@ class ModelRunner:
             torch.tensor([chunk.stop for chunk in chunks], dtype=torch.int32, device=self.device),
             any(chunk.start for chunk in chunks),
         )
-        ends = cu_seqlens[1:].tolist()
+        ends = itertools.accumulate(lengths)  # not cu_seqlens.tolist(), which would wait for a GPU
         last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
         return self._forward(tokens_N, positions_N, layout, self._int64(last))
 
@@ -90,9 +95,23 @@ class ModelRunner:
     def decode_steps(self, seqs, steps: int, options, eos, stop_at_end: bool):
         """Several steps of the program with sampling in between: a Drawn, with hidden states when there is a value head."""
         left = [seq.limit - seq.num_new for seq in seqs]
-        return self.program.decode(
+        return (self.program or self.graphs).decode(
             self.state(seqs), left, steps, options, eos, stop_at_end=stop_at_end, keep_hidden=self.v_head is not None
         )
+
+    @property
+    def decodes_several(self) -> bool:
+        """Whether decode_steps works here, when tokens depend on nothing but logits, options and seeds."""
+        return self.program is not None or self.graphs is not None
+
+    def use_graphs(self, graphs: DecodeGraphs, options: SamplingOptions, eos: Iterable[int]) -> None:
+        """Decode through `graphs`, which hold tensors of the rollout before this one."""
+        head = self.model.get_output_embeddings().weight
+        hidden = None if self.v_head is None else (head.shape[1], head.dtype)
+        eos_E = torch.tensor(sorted(eos), dtype=torch.int64, device=self.device)
+        step = Step(self.logits_and_hidden, self.cache, options, eos_E, self.block_size, hidden)
+        graphs.begin(step, fingerprint(self.model, self.cache, step))
+        self.graphs = graphs
 
     def _forward(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> Output:
         if self.program is not None:
@@ -102,16 +121,21 @@ class ModelRunner:
 
     def run_model(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> Output:
         """The model's own forward pass."""
+        logits_BV, hidden_BD = self.logits_and_hidden(tokens_N, positions_N, layout, keep)
+        return Output(logits_BV, None if hidden_BD is None else self.values(hidden_BD))
+
+    def logits_and_hidden(self, tokens_N, positions_N, layout, keep: torch.Tensor | None = None):
+        """(logits, hidden) of the rows in `keep` (all when None); hidden None without a value head."""
         self._hidden.clear()
         options = {} if keep is None or not self._keeps_logits else {"logits_to_keep": keep}
         with self._watching_head(), using(layout):
             out = self.model(input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False, **options)
+            hidden_BD = self._hidden[0][0] if self._hidden else None
         logits_BV = out.logits[0]
-        hidden_BD = self._hidden[0][0] if self._hidden else None
         if keep is not None and not self._keeps_logits:
             logits_BV = logits_BV[keep]
             hidden_BD = hidden_BD if hidden_BD is None else hidden_BD[keep]
-        return Output(logits_BV, None if hidden_BD is None else self.values(hidden_BD))
+        return logits_BV, hidden_BD
 
     def values(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """The value head's output for each hidden state, [B] float32."""
