@@ -172,6 +172,34 @@ def _load(x_ptr, inside, on):
 
 
 @triton.jit
+def _policy_terms(log_ratio, advantage, on, low, high, dual_clip, DUAL: tl.constexpr):
+    """ratio, plain and clipped surrogates, loss, d loss / d logprob, and where the dual clip holds."""
+    ratio = tl.where(on, tl.exp(log_ratio), 0.0)
+    clipped_ratio = tl.minimum(tl.maximum(ratio, low), high)
+    plain = -advantage * ratio
+    clipped = -advantage * clipped_ratio
+    # a NaN must reach the loss and the gradient: by itself, tl.maximum takes the other side
+    policy = tl.where(on, tl.maximum(plain, clipped, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    gradient = tl.where((clipped_ratio == ratio) | (plain > clipped) | (plain != plain), plain, 0.0)
+    dual = on & (advantage < 0) & (policy > -advantage * dual_clip) & DUAL
+    policy = tl.where(dual, -advantage * dual_clip, policy)
+    return ratio, plain, clipped, policy, tl.where(on & (dual == 0), gradient, 0.0), dual
+
+
+@triton.jit
+def _value_terms(value, old_value, ret, cliprange_value):
+    """error, clipped error, loss, d loss / d value."""
+    clipped_value = tl.minimum(tl.maximum(value, old_value - cliprange_value), old_value + cliprange_value)
+    error = (value - ret) * (value - ret)
+    clipped_error = (clipped_value - ret) * (clipped_value - ret)
+    # torch.maximum halves the gradient at a tie; inside the clip range both sides carry it.
+    weight = tl.where(error > clipped_error, 1.0, tl.where(error == clipped_error, 0.5, 0.0))
+    weight = tl.where(clipped_value == value, 1.0, weight)
+    loss = 0.5 * tl.maximum(error, clipped_error, propagate_nan=tl.PropagateNan.ALL)
+    return error, clipped_error, loss, (value - ret) * weight
+
+
+@triton.jit
 def _ppo_loss_kernel(
     logprobs_N, values_N, entropy_N, old_logprobs_N, old_values_N, advantages_N, returns_N, mask_N,
     grad_logprobs_N, grad_values_N, grad_entropy_N, partials_KG, ticket, whiten_2, normalizer_1, loss_1, stats_K,
@@ -194,34 +222,21 @@ def _ppo_loss_kernel(
     scale = 1.0 / normalizer
 
     log_ratio = _load(logprobs_N + n, inside, on) - _load(old_logprobs_N + n, inside, on)
-    ratio = tl.where(on, tl.exp(log_ratio), 0.0)
     advantage = _load(advantages_N + n, inside, on)
     if WHITEN:
         advantage = tl.where(on, (advantage - mean) * rstd, 0.0)
-    clipped_ratio = tl.minimum(tl.maximum(ratio, low), high)
-    plain = -advantage * ratio
-    clipped = -advantage * clipped_ratio
-    # a NaN must reach the loss and the gradient: by itself, tl.maximum takes the other side
-    policy = tl.where(on, tl.maximum(plain, clipped, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    grad_logprob = tl.where((clipped_ratio == ratio) | (plain > clipped) | (plain != plain), plain, 0.0)
-    dual = on & (advantage < 0) & (policy > -advantage * dual_clip) & DUAL
-    policy = tl.where(dual, -advantage * dual_clip, policy)
-
+    ratio, plain, clipped, policy, grad_logprob, dual = _policy_terms(
+        log_ratio, advantage, on, low, high, dual_clip, DUAL
+    )
     value = _load(values_N + n, inside, on)
     old_value = _load(old_values_N + n, inside, on)
     ret = _load(returns_N + n, inside, on)
-    clipped_value = tl.minimum(tl.maximum(value, old_value - cliprange_value), old_value + cliprange_value)
-    error = (value - ret) * (value - ret)
-    clipped_error = (clipped_value - ret) * (clipped_value - ret)
-    # torch.maximum halves the gradient at a tie; inside the clip range both sides carry it.
-    weight = tl.where(error > clipped_error, 1.0, tl.where(error == clipped_error, 0.5, 0.0))
-    weight = tl.where(clipped_value == value, 1.0, weight)
-    value_loss = 0.5 * tl.maximum(error, clipped_error, propagate_nan=tl.PropagateNan.ALL)
+    error, clipped_error, value_loss, grad_value = _value_terms(value, old_value, ret, cliprange_value)
     entropy = _load(entropy_N + n, inside, on) if HAS_ENTROPY else tl.zeros([BLOCK], tl.float32)
 
     if GRAD:
-        tl.store(grad_logprobs_N + n, tl.where(on & (dual == 0), grad_logprob * scale, 0.0), mask=inside)
-        tl.store(grad_values_N + n, (value - ret) * weight * (vf_coef * scale), mask=inside)
+        tl.store(grad_logprobs_N + n, grad_logprob * scale, mask=inside)
+        tl.store(grad_values_N + n, grad_value * (vf_coef * scale), mask=inside)
         if HAS_ENTROPY:
             tl.store(grad_entropy_N + n, tl.where(on, -entropy_coef * scale, 0.0), mask=inside)
 
