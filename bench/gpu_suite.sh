@@ -78,11 +78,12 @@ own=cpu
 part build 600 env FASTPPO_BENCH_DEVICE=$device bash bench/gpu_build.sh
 part environment 120 "$python" bench/gpu_rows.py environment "$device"
 tests="tests/test_logprob.py tests/test_linear_logprob.py tests/test_linear_ppo_loss.py tests/test_gae.py tests/test_kl_reward.py"
-tests="$tests tests/test_ppo_loss.py tests/test_sampling.py tests/test_paged_attention.py"
+tests="$tests tests/test_ppo_loss.py tests/test_sampling.py tests/test_paged_attention.py tests/test_linear_stats.py"
 [ -n "$quick" ] && tests="tests/test_kl_reward.py"
 workers=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null)
 [ "$device" = cpu ] && workers=""
 part tests 600 "$python" -m pytest -q -p no:cacheprovider -m gpu -rs $workers $tests
+[ "$device" = cuda ] && part tests-generation 600 "$python" -m pytest -q -p no:cacheprovider -rs tests/test_gpu_generation.py
 bench ceilings 120 gpu_ceilings.py
 for name in logprob linear_logprob linear_ppo_loss sampling paged_attention gae ppo_loss kl_reward; do
   bench "bench-$name" 300 "bench_$name.py"

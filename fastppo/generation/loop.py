@@ -75,6 +75,8 @@ class Loop:
         drawn = self.sampler(output.logits_BV, seqs, state.seeds_B, state.positions_B + 1)
         self._drawn_B = drawn.tokens_B
         tokens = drawn.tokens_B.tolist()
+        if min(tokens) < 0:
+            raise_on_bad_rows(drawn)
         reasons = self.stopping(seqs, tokens, output.logits_BV)
         self.record.add(seqs, drawn, output.values_B)
         self._finish(seqs, reasons)

@@ -38,7 +38,8 @@ class Sampler:
     def __call__(self, logits_BV: torch.Tensor, seqs: list[Sequence], seeds_B, positions_B) -> Sample:
         if not self._params.needs_processors:
             options = {"banned": self._banned(seqs, logits_BV.shape[1]), "history": self._history(seqs)}
-            return sample(logits_BV, seeds_B, positions_B, self._options, **options)
+            # the loop looks for negative tokens when it reads them: another look here would wait for a GPU once more
+            return sample(logits_BV, seeds_B, positions_B, self._options, **options, check=False)
         scores_BV = self._process(logits_BV.float(), seqs)
         # the processors did everything that needs the history; when they did the warpers too, only drawing is left
         left = replace(self._options, repetition_penalty=1.0)
