@@ -168,6 +168,19 @@ def test_a_capture_error_that_is_a_bug_is_raised(monkeypatch):
         decode(made, [(1, 2)], [9], 5)
 
 
+def test_a_capture_reads_weights_and_not_autocasts_copies_of_them():
+    """Under an autocast that is open around several steps, a copy cast before must not be what a graph reads."""
+    layer, x = torch.nn.Linear(4, 4, bias=False), torch.ones(1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight.zero_()
+        assert torch.equal(layer(x), before), "autocast's copy is stale"
+        with cuda_graphs.no_autocast_cache():
+            assert not layer(x).any() and not torch.is_autocast_cache_enabled()
+        assert torch.is_autocast_cache_enabled() and not layer(x).any()
+
+
 def test_stops_early_once_all_have_ended(fake):
     model = Counter()
     decode(graphs(model), [(1, 2), (4, 0)], [2, 1], STEPS)

@@ -8,8 +8,9 @@ The first STEPS of a bucket run eagerly, which warms its kernels up; a capture c
 on, and the reason is logged once.   Suffixes: S steps, B sequences (padded: a bucket), M pages per sequence, V vocabulary, D hidden.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,9 +119,22 @@ class Step(NamedTuple):
 def capture(run: Callable[[], None], pool) -> object:
     """A CUDA graph of run(); raises whatever the capture raises."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with no_autocast_cache(), torch.cuda.graph(graph, pool=pool):
         run()
     return graph
+
+
+@contextlib.contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """autocast keeps its 16-bit copies of weights: a graph must not read one from before it, nor what follows one of the graph's."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 
 def new_pool(device: torch.device):
