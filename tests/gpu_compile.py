@@ -41,9 +41,9 @@ class TritonCase:
 
     @property
     def name(self) -> str:
-        label = f" {self.label}" if self.label else ""
         kind = self.types.split()[0].removeprefix("*")
-        return f"{self.kernel.split(':')[1]}[{'' if kind.startswith('tensordesc') else kind}{label}]"
+        words = [self.label] if kind.startswith("tensordesc") else [kind, self.label]
+        return f"{self.kernel.split(':')[1]}[{' '.join(filter(None, words))}]"
 
 
 @dataclass(frozen=True)
