@@ -76,6 +76,8 @@ def read(model: nn.Module) -> Spec | str:
     odd = next((p for p in spec.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
     if odd is not None:
         return f"its parameters are {odd.dtype} on {odd.device}, not float32 on the CPU"
+    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in spec.parameters()):
+        return f"{type(inner).__name__} has hooks on gradients"
     contiguous = all(p.is_contiguous() for p in spec.parameters())
     return spec if contiguous else f"{type(inner).__name__} has parameters that are not contiguous"
 
