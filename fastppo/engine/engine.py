@@ -164,15 +164,15 @@ class Engine:
     def _head_gradients(self, tile, part: Chunk, hidden, dhidden, weight_VD) -> None:
         """tile: dloss/dlogits where dlogprob or dentropy is not 0, logits elsewhere."""
         count, multiple = len(part.logprob_R), _multiple(hidden.dtype)
-        live_R = (part.dlogprob_R != 0) | (part.dentropy_R != 0)
-        if bool(live_R.all()):
+        live, moves = part.numbers_2.read()
+        if live == count:
             order_L, hidden_LD, dlogits = slice(0, count), hidden, tile
-        elif bool(live_R.any()):
-            order_L = close_ranks(tile[:count], live_R)
-            dlogits = tile[: up(len(order_L), multiple)]
+        elif live:
+            order_L = close_ranks(tile[:count], part.live_R, live, moves)
+            dlogits = tile[: up(live, multiple)]
             hidden_LD = hidden.new_zeros(len(dlogits), hidden.shape[1])
-            torch.index_select(hidden, 0, order_L, out=hidden_LD[: len(order_L)])
-            count = len(order_L)
+            torch.index_select(hidden, 0, order_L, out=hidden_LD[:live])
+            count = live
         else:
             order_L, hidden_LD, dlogits, count = slice(0, 0), hidden[:0], tile[:0], 0
         dlogits[count:] = 0
