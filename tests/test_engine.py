@@ -8,7 +8,7 @@ from golden_cases import batches, trainer
 
 import fastppo
 from fastppo import attention, packed
-from fastppo.engine import Engine, engine_for, kernels
+from fastppo.engine import engine_for, kernels
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
 from fastppo.models.head import output_head
@@ -215,25 +215,6 @@ def test_a_packed_step_equals_a_padded_one(name):
     for ours, padded in zip(*stats, strict=True):
         for key in ("ppo/loss/total", "ppo/policy/approxkl", "ppo/val/error", "ppo/returns/mean", "objective/kl"):
             assert ours[key] == pytest.approx(padded[key], rel=1e-4, abs=1e-4), key
-
-
-def test_out_of_memory_on_the_engine_halves_the_budget(monkeypatch, caplog):
-    stats, learn = [], Engine.learn
-    for limit in (None, 20):
-
-        def small(self, pack, *args, _limit=limit):
-            if _limit is not None and pack.tokens_1N.numel() > _limit:
-                raise torch.OutOfMemoryError("out of memory")
-            return learn(self, pack, *args)
-
-        monkeypatch.setattr(Engine, "learn", small)
-        made = trainer(fastppo, {})
-        np.random.seed(0)
-        with caplog.at_level("WARNING"):
-            stats.append(made.step(*next(batches({}, 1))[:3]))
-    assert caplog.text.count("max_tokens_per_micro_batch is") == 1
-    for key in ("ppo/loss/total", "ppo/policy/approxkl", "ppo/val/error"):
-        assert stats[0][key] == pytest.approx(stats[1][key], rel=1e-3, abs=1e-5)
 
 
 def test_hooks_on_gradients_still_run():
