@@ -1,5 +1,7 @@
 """Sampling against softmax + multinomial (temperature) and softmax + sort + cumsum + multinomial (top-k and top-p) in torch.
 
+The row "softmax + sort + multinomial" is those three calls; speedups are over "torch", which for temperature alone sorts nothing.
+
 "torch" of a row is written as transformers and most trainers write it: the filters on logits, then softmax and multinomial.
 Ours also returns both log-probs and the entropy, which torch's rows do not compute. The bytes are the logits, read once.
 """
@@ -40,7 +42,7 @@ def run(B, V, dtype, name, sample_options, options):
         if backend in BACKEND_TABLE
     }
     fns["torch"] = lambda: torch_sample(logits_BV, sample_options)
-    if sample_options.top_p < 1:
+    if not (sample_options.top_k == 1 or sample_options.temperature == 0):
         fns["softmax + sort + multinomial"] = lambda: torch_softmax_sort_multinomial(logits_BV, sample_options)
     medians = compare(fns, rounds=options.rounds, warmup=1, device=options.device)
     bytes = B * V * logits_BV.element_size()

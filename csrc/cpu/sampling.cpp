@@ -14,8 +14,8 @@
 
 #include "../ops.h"
 #include "../philox.h"
+#include "half.h"
 #include "sampling.h"
-#include "simd.h"
 
 namespace fastppo {
 namespace {
@@ -29,7 +29,7 @@ constexpr int64_t kBadNumber = -1, kNothingLeft = -2, kBadHistory = -3;
 
 struct Job {
   const void* logits;
-  int dtype;  // 0 float, 1 bfloat16, 2 float16
+  int dtype;  // half.h
   int64_t B, V, stride;
   const int64_t *seeds, *positions, *history;
   const uint8_t* history_mask;
@@ -68,16 +68,8 @@ struct TileStats {
   bool nan;
 };
 
-FASTPPO_INLINE vec16 load16_half(const uint16_t* p) {
-  ivec16 h = __builtin_convertvector(*reinterpret_cast<const hvec16*>(p), ivec16);
-  ivec16 bits = (h & 0x7fff) << 13;
-  vec16 value = reinterpret_cast<vec16&>(bits) * 0x1p112f;  // rebias the exponent; also right for subnormals
-  ivec16 out = reinterpret_cast<ivec16&>(value);
-  ivec16 special = (h & 0x7c00) == 0x7c00;  // inf and NaN
-  out = (special & (bits | 0x7f800000)) | (~special & out);
-  out |= (h & 0x8000) << 16;
-  return reinterpret_cast<vec16&>(out);
-}
+FASTPPO_INLINE ivec16 magnitude(vec16 x) { return as_int(x) & 0x7fffffff; }
+FASTPPO_INLINE ivec16 most_int(ivec16 a, ivec16 b) { return a > b ? a : b; }
 
 FASTPPO_INLINE float max_of(vec16 v) {
   float m = v[0];
@@ -92,21 +84,23 @@ FASTPPO_INLINE float sum_of(vec16 v) {
   return s;
 }
 
-// n is a multiple of 64.
+// n is a multiple of 64. NaNs are looked for among integers: GCC 12 compares a vector with itself lane by lane.
 FASTPPO_CLONES void tile_max(const float* p, int n, float* lanes, float* max, bool* nan) {
   vec16 m0 = splat(kNegInf), m1 = m0, m2 = m0, m3 = m0;
-  ivec16 bad = {};
+  ivec16 most = {}, more = {};
   for (int i = 0; i < n; i += 64) {
-    vec16 a = load16(p + i), b = load16(p + i + 16), c = load16(p + i + 32), d = load16(p + i + 48);
+    const vec16 a = load16(p + i), b = load16(p + i + 16), c = load16(p + i + 32), d = load16(p + i + 48);
     m0 = max16(a, m0), m1 = max16(b, m1), m2 = max16(c, m2), m3 = max16(d, m3);
-    bad |= (a != a) | (b != b) | (c != c) | (d != d);
+    most = most_int(most_int(magnitude(a), magnitude(b)), most);
+    more = most_int(most_int(magnitude(c), magnitude(d)), more);
   }
-  vec16 m = max16(max16(m0, m1), max16(m2, m3));
+  const vec16 m = max16(max16(m0, m1), max16(m2, m3));
   if (lanes) store16(lanes, m);
   *max = max_of(m);
-  int any = 0;
-  for (int i = 0; i < 16; ++i) any |= bad[i];
-  *nan = any != 0;
+  most = most_int(most, more);
+  int top = 0;
+  for (int i = 0; i < 16; ++i) top = most[i] > top ? most[i] : top;
+  *nan = top > 0x7f800000;
 }
 
 FASTPPO_CLONES void tile_stats(const float* p, int n, float max, float rate, TileStats* out) {
@@ -148,17 +142,22 @@ FASTPPO_CLONES void tile_bins(const float* p, int n, float max, float rate, floa
   }
 }
 
-FASTPPO_CLONES void widen(const void* source, int dtype, int64_t n, float* out) {
-  const uint16_t* h = static_cast<const uint16_t*>(source);
+template <typename T>
+FASTPPO_INLINE void widen(const T* h, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store16(out + i, dtype == 1 ? load16_bf16(h + i) : load16_half(h + i));
-  if (i < n) {
-    uint16_t rest[16] = {};
-    std::memcpy(rest, h + i, (n - i) * 2);
-    float wide[16];
-    store16(wide, dtype == 1 ? load16_bf16(rest) : load16_half(rest));
-    std::memcpy(out + i, wide, (n - i) * 4);
-  }
+  for (; i + 16 <= n; i += 16) store16(out + i, load(h + i));
+  T rest[16] = {};
+  float wide[16];
+  std::memcpy(rest, h + i, (n - i) * sizeof(T));
+  store16(wide, load(rest));
+  std::memcpy(out + i, wide, (n - i) * 4);
+}
+
+FASTPPO_CLONES void widen_tile(const void* source, int dtype, int64_t n, float* out) {
+  if (dtype == kBFloat16)
+    widen(static_cast<const bf16_t*>(source), n, out);
+  else
+    widen(static_cast<const fp16_t*>(source), n, out);
 }
 
 void pad_tail(float* tail, int64_t used) {
@@ -217,7 +216,7 @@ class Sampler {
     for (int64_t t = 0; t < tiles; ++t) {
       if (j.dtype) {
         int64_t n = std::min<int64_t>(kTile, V - t * kTile);
-        widen(row + t * kTile * 2, j.dtype, n, s.x.data() + t * kTile);
+        widen_tile(row + t * kTile * 2, j.dtype, n, s.x.data() + t * kTile);
         if (n < kTile) pad_tail(s.x.data() + t * kTile, n);
       }
       bool bad;
