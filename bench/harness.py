@@ -81,7 +81,8 @@ def compare(
 ) -> dict[str, float]:
     """Median milliseconds of each callable, run in turn in every round so that drift hits all alike.
 
-    Short callables are repeated within a sample. On a GPU: device time between events; cold=True overwrites the L2
+    Short callables are repeated within a sample, on a CPU until it lasts 10 ms: threads and caches are then as warm as those
+    of the longer callables it takes turns with. On a GPU: device time between events; cold=True overwrites the L2
     cache before each sample (a memory-bound op in a training step finds its inputs in DRAM).
     """
     device = torch.device(device)
@@ -91,7 +92,8 @@ def compare(
         for _ in range(warmup):
             fn()
         once = sample(fn, 1)
-        repeats[name] = 1 if cold else max(1, min(1000, int(1.0 / max(once, 1e-4))))
+        lasts_ms = 1.0 if device.type == "cuda" else 10.0
+        repeats[name] = 1 if cold else max(1, min(1000, int(lasts_ms / max(once, 1e-4))))
     samples = {name: [] for name in fns}
     for _ in range(rounds):
         for name, fn in fns.items():

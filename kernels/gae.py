@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastppo.kernels import _recycle
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels._triton import tl, triton
 from fastppo.kernels.kl_reward import KINDS, check_kind, check_tensors, kl_of, kl_reward_reference, last_true
@@ -292,7 +293,7 @@ def _launch_cuda(x: _Inputs, o: ShapedGAEOptions, module=None, stream: int | Non
 
 def _launch_cpu(x: _Inputs, o: ShapedGAEOptions):
     values_BT, B = x.values_BT, x.rows
-    advantages_BT, returns_BT = torch.empty_like(values_BT), torch.empty_like(values_BT)
+    advantages_BT, returns_BT = _recycle.empty("gae", (2, *values_BT.shape)).unbind()
     kl_B = None if x.scores_B is None else torch.empty(B, dtype=torch.float32)
     moments_3 = torch.empty(3, dtype=torch.float64)
     addresses = [_address(y) for y in (*x, advantages_BT, returns_BT, kl_B)]
@@ -324,8 +325,11 @@ def _run(op: str, x: _Inputs, o: ShapedGAEOptions, backend: str | None):
     if packed:
         others["cu_seqlens"] = (x.cu_seqlens, torch.int32, (max(x.rows, 0) + 1,))
     check_tensors(op, shape, device, floats, others)
+    launch = pick("gae", BACKEND_TABLE, device, backend)
+    if launch is _launch_cpu:  # addresses in, fresh tensors out: no graph to keep away from
+        return launch(x, o)
     with torch.no_grad():
-        return pick("gae", BACKEND_TABLE, device, backend)(x, o)
+        return launch(x, o)
 
 
 def gae(

@@ -17,8 +17,6 @@ struct fp16_t {
 
 FASTPPO_INLINE int64_t element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-FASTPPO_INLINE vec16 as_float(ivec16 x) { return reinterpret_cast<vec16&>(x); }
-FASTPPO_INLINE ivec16 as_int(vec16 x) { return reinterpret_cast<ivec16&>(x); }
 
 FASTPPO_INLINE vec16 load(const float* p) { return load16(p); }
 FASTPPO_INLINE vec16 load(const bf16_t* p) { return load16_bf16(reinterpret_cast<const uint16_t*>(p)); }

@@ -28,12 +28,25 @@ FASTPPO_INLINE void kl_row(int kind, const float* logprobs, const float* ref, co
   }
 }
 
+// The same for sixteen differences of log-probs (for kFull: the KL itself).
+FASTPPO_INLINE vec16 kl16(int kind, vec16 d) {
+  if (kind == kAbs) return as_float(as_int(d) & 0x7fffffff);
+  if (kind == kMSE) return 0.5f * d * d;
+  if (kind == kK3) return (exp16(-d) - 1.0f) + d;
+  return d;
+}
+
 // Index of the last True, -1 where there is none.
 FASTPPO_INLINE int64_t last_true(const uint8_t* mask, int64_t n) {
   if (!mask) return n - 1;
-  int64_t t = n - 1;
-  while (t >= 0 && !mask[t]) --t;
-  return t;
+  int64_t t = n;
+  for (; t >= 16; t -= 16) {  // most of a short response's row may be padding
+    uint64_t words[2];
+    std::memcpy(words, mask + t - 16, 16);
+    if (words[0] | words[1]) break;
+  }
+  while (t > 0 && !mask[t - 1]) --t;
+  return t - 1;
 }
 
 }  // namespace fastppo

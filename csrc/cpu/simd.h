@@ -6,6 +6,7 @@
 // OpenMP stays outside clones (GCC outlines the parallel body for the baseline): write a cloned row function and
 // call it from parallel_for.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -18,19 +19,46 @@
 #else
 #define FASTPPO_CLONES
 #endif
+// For bodies that pay only with AVX-512: FASTPPO_AVX512 on the function, has_avx512() before the call.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTPPO_AVX512 __attribute__((target("arch=x86-64-v4")))
+#else
+#define FASTPPO_AVX512
+#endif
 #define FASTPPO_INLINE static inline __attribute__((always_inline))
 
 namespace fastppo {
 
 typedef float vec16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ivec16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint8_t bvec16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int8_t sbvec16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t hvec16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef double dvec8 __attribute__((vector_size(64), aligned(8), may_alias));
+
+inline bool has_avx512() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512cd");
+  return has;
+#else
+  return false;
+#endif
+}
 
 FASTPPO_INLINE vec16 splat(float x) { return vec16{} + x; }
 FASTPPO_INLINE vec16 load16(const float* p) { return *reinterpret_cast<const vec16*>(p); }
 FASTPPO_INLINE void store16(float* p, vec16 x) { *reinterpret_cast<vec16*>(p) = x; }
 FASTPPO_INLINE vec16 max16(vec16 a, vec16 b) { return a > b ? a : b; }
+
+FASTPPO_INLINE vec16 as_float(ivec16 x) { return reinterpret_cast<vec16&>(x); }
+FASTPPO_INLINE ivec16 as_int(vec16 x) { return reinterpret_cast<ivec16&>(x); }
+
+// All bits of a lane set where its byte isn't 0.
+FASTPPO_INLINE ivec16 true16(const uint8_t* p) {
+  return __builtin_convertvector(static_cast<sbvec16>(*reinterpret_cast<const bvec16*>(p) != 0), ivec16);
+}
 
 // bf16 is the upper half of a float.
 FASTPPO_INLINE vec16 load16_bf16(const uint16_t* p) {
@@ -88,6 +116,18 @@ inline void parallel_for(int64_t n, int64_t work_per_item, const F& fn) {
     int64_t begin = n * t / k, end = n * (t + 1) / k;
     if (begin < end) fn(begin, end);
   }
+}
+
+// fn(item) for every item in [0, n), each taken by the next free thread; serial as parallel_for.
+template <typename F>
+inline void parallel_items(int64_t n, int64_t work_per_item, const F& fn) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads(), workers = threads < n ? threads : n;
+  if (workers <= 0) return;
+  parallel_for(workers, n * work_per_item / workers, [&](int64_t begin, int64_t end) {
+    (void)begin, (void)end;  // a serial call has one range and takes everything as well
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) fn(i);
+  });
 }
 
 }  // namespace fastppo
