@@ -105,7 +105,7 @@ def summary(rows: Sequence[Row]) -> str:
         )
     return (
         markdown(header, lines)
-        + "\n\nOver all measured cases: worst / median / best. The baseline is plain PyTorch; for the linear rooms it is the bare matrix products they cannot beat, for bench_loop TRL 0.11.4. Every row, slower ones too: bench/results/README.md."
+        + "\n\nOver all measured cases: worst / median / best. The baseline is plain PyTorch; for the linear rooms it is the bare matrix products they cannot beat, for bench_loop TRL 0.11.4, for late_loop TRL 1.12.0. Every row, slower ones too: bench/results/README.md."
     )
 
 

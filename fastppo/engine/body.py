@@ -181,13 +181,17 @@ class Body:
                 kernels.sum_columns(part.contiguous(), to, add)
 
     def _embed_backward(self, inputs: Inputs, dres: Tensor) -> None:
-        tables = ((self.spec.tokens_VD, inputs.tokens_N), (self.spec.positions_PD, inputs.places_N))
+        """dres is used up."""
+        tables = ((self.spec.positions_PD, inputs.places_N), (self.spec.tokens_VD, inputs.tokens_N))
         for table, index_N in tables:
             to, add = self.gradients.target(table)
             if to is None:
                 continue
             if not add:
                 to.zero_()
+            if table is self.spec.tokens_VD and self.spec.padding is not None:
+                # as nn.Embedding has it: nothing is learnt of the padding token, also where it was sampled
+                dres[: len(index_N)][index_N == self.spec.padding] = 0
             kernels.embedding_backward(index_N, dres, to)
 
 

@@ -22,8 +22,11 @@ ROWS = 64
 PROBE_TOLERANCE = 1e-3
 
 
-def engine_for(model, head: Head, value_head) -> "Engine | str":
-    """An Engine over the live parameters of `model` (in any wrappers), or why it can't have one."""
+def engine_for(model, head: Head, value_head, temperature: float = 1.0) -> "Engine | str":
+    """An Engine over the live parameters of `model` (in any wrappers), or why it can't have one.
+
+    temperature: log-probs are those of logits / temperature.
+    """
     if isinstance(extension(), str):
         return extension()
     spec = read(model)
@@ -31,14 +34,14 @@ def engine_for(model, head: Head, value_head) -> "Engine | str":
         return spec
     if head.weight_VD.dtype != torch.float32 or not head.weight_VD.is_contiguous():
         return "its head is not a contiguous float32 matrix"
-    error = _probe(model, spec)
+    error = probe(model, spec)
     if not error <= PROBE_TOLERANCE:
         return f"its hidden states differ from the model's own by {error:.2g} of their size"
-    return Engine(model, spec, head, value_head)
+    return Engine(model, spec, head, value_head, temperature)
 
 
 @torch.no_grad()
-def _probe(model, spec: Spec) -> float:
+def probe(model, spec: Spec) -> float:
     """Relative difference of hidden states on three short sequences, the engine's and the model's own."""
     from fastppo import attention
     from fastppo.packed import hidden_states, pack, sequences
@@ -77,8 +80,8 @@ class Microbatch:
 class Engine:
     """Passes of one model. learn() runs inside `started`; `refresh` follows an optimizer step."""
 
-    def __init__(self, model, spec: Spec, head: Head, value_head):
-        self.spec, self.value_head = spec, value_head
+    def __init__(self, model, spec: Spec, head: Head, value_head, temperature: float = 1.0):
+        self.spec, self.value_head, self.temperature = spec, value_head, temperature
         self._model, self._head = model, head
         self._body: Body | None = None
         self._tile = torch.empty(0)
@@ -111,7 +114,7 @@ class Engine:
         hidden, _ = body.forward(inputs_of(packed, multiple), up(R, multiple), keep=False)
         targets = torch.nn.functional.pad(packed.targets_R, (0, len(hidden) - R))
         head = _head_as(self._head, body.weights.head(self._head.weight_VD))
-        logprob = linear_logprob(hidden, head, targets).logprob_N[:R]
+        logprob = linear_logprob(hidden, head, targets, temperature=self.temperature).logprob_N[:R]
         return logprob, self._values(hidden[:R]) if with_values else None
 
     def _values(self, hidden_RD: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ class Engine:
         head, bias_V = self._head, self._head.bias_V
         multiple, V = _multiple(hidden.dtype), len(weight_VD)
         size = up(chunk_rows(R, V, hidden.element_size(), "cpu"), multiple)
-        scales = Scales(1.0, float(head.logit_scale), float(head.softcap or 0.0))
+        scales = Scales(self.temperature, float(head.logit_scale), float(head.softcap or 0.0))
         dhidden, parts = torch.zeros_like(hidden), []
         if self._tile.numel() < min(size, len(hidden)) * V or self._tile.dtype != hidden.dtype:
             self._tile = hidden.new_empty(min(size, len(hidden)) * V)

@@ -43,6 +43,7 @@ class Spec:
     rotary: nn.Module | None
     blocks: list[Block] = field(default_factory=list)
     norm: Norm | None = None
+    padding: int | None = None  # the token whose embedding gets no gradient
 
     def parameters(self):
         """Every parameter below the head."""
@@ -63,7 +64,7 @@ class _Unknown(Exception):
 
 
 def read(model: nn.Module) -> Spec | str:
-    """The Spec of `model` (a causal LM, perhaps in wrappers), or why it has none."""
+    """The Spec of `model` (a causal LM or a sequence classifier, perhaps in wrappers), or why it has none."""
     inner = unwrap(model)
     reader = READERS.get(f"{type(inner).__module__}.{type(inner).__name__}")
     if reader is None:
@@ -125,7 +126,7 @@ def _gpt2(model: nn.Module) -> Spec:
         raise _Unknown("attention is scaled in another way")
     if config.add_cross_attention:
         raise _Unknown("it has cross-attention")
-    spec = Spec(body.wte.weight, body.wpe.weight, None)
+    spec = Spec(body.wte.weight, body.wpe.weight, None, padding=body.wte.padding_idx)
     for layer in body.h:
         if type(layer).__name__ != "GPT2Block":
             raise _Unknown(f"a {type(layer).__name__}")
@@ -152,7 +153,7 @@ def _gpt2(model: nn.Module) -> Spec:
 
 def _llama(model: nn.Module) -> Spec:
     config, body = model.config, model.model
-    spec = Spec(body.embed_tokens.weight, None, body.rotary_emb)
+    spec = Spec(body.embed_tokens.weight, None, body.rotary_emb, padding=body.embed_tokens.padding_idx)
     for layer in body.layers:
         attn, mlp = layer.self_attn, layer.mlp
         if type(layer).__name__.removesuffix("DecoderLayer") not in ("Llama", "Mistral", "Qwen2", "Qwen3"):
@@ -184,5 +185,6 @@ def _llama(model: nn.Module) -> Spec:
 
 _FAMILY = ("llama.modeling_llama.Llama", "mistral.modeling_mistral.Mistral")
 _FAMILY += ("qwen2.modeling_qwen2.Qwen2", "qwen3.modeling_qwen3.Qwen3")
-READERS = {f"transformers.models.{name}ForCausalLM": _llama for name in _FAMILY}
-READERS["transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel"] = _gpt2
+_HEADS = ("ForCausalLM", "ForSequenceClassification")  # the body is the same
+READERS = {f"transformers.models.{name}{head}": _llama for name in _FAMILY for head in _HEADS}
+READERS |= {f"transformers.models.gpt2.modeling_gpt2.GPT2{head}": _gpt2 for head in ("LMHeadModel", _HEADS[1])}

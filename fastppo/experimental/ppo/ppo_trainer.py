@@ -153,6 +153,7 @@ class PPOTrainer(Trainer):
         self.value = learner.SharedValue(self.model, self.policy) if shared else learner.SeparateValue(self.value_model)
         self._wrapper = self.model
         self.generator = Generator(self.model if shared else self.policy_model, self.tokenizer)
+        self.fused = None  # the models on the engine, made with the first update
         self.guard = Guard(args.on_nonfinite)
         self.micro_rows = args.per_device_train_batch_size
         self.train_dataset_len = len(self.train_dataset)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from fastppo.data import Experience, Rollout
 from fastppo.experience import advantages_and_returns, kl_rewards
 from fastppo.experimental.ppo import learner
+from fastppo.experimental.ppo.engines import fused_of
 from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats
 from fastppo.update import clip
@@ -77,10 +78,12 @@ def optimise(trainer: "PPOTrainer", experience: Experience, data: learner.Sequen
     args, steps = trainer.args, []
     old = PPOBatch(experience.logprobs_BT, experience.values_BT, experience.advantages_BT, experience.returns_BT)
     draw = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
-    for _ in range(args.num_ppo_epochs):
-        order = torch.randperm(args.local_batch_size, generator=draw).to(data.mask_BT.device)
-        for index in order.split(args.local_mini_batch_size):
-            steps.append(_minibatch(trainer, old, data, index))
+    fused = fused_of(trainer)
+    with fused.started(experience) if fused else contextlib.nullcontext():
+        for _ in range(args.num_ppo_epochs):
+            order = torch.randperm(args.local_batch_size, generator=draw).to(data.mask_BT.device)
+            for index in order.split(args.local_mini_batch_size):
+                steps.append(_minibatch(trainer, old, data, index, fused))
     distance = steps[0].distance
     if experience.from_rollout and distance > args.max_mismatch:
         logger.warning(
@@ -92,10 +95,10 @@ def optimise(trainer: "PPOTrainer", experience: Experience, data: learner.Sequen
     return steps
 
 
-def _minibatch(trainer: "PPOTrainer", old: PPOBatch, data: learner.Sequences, index: torch.Tensor) -> Optimised:
+def _minibatch(trainer: "PPOTrainer", old: PPOBatch, data: learner.Sequences, index: torch.Tensor, fused) -> Optimised:
     while True:
         try:
-            stats, distance = _gradients(trainer, old, data, index)
+            stats, distance = _gradients(trainer, old, data, index, fused)
             break
         except torch.OutOfMemoryError:
             trainer.optimizer.zero_grad()
@@ -114,7 +117,7 @@ def _minibatch(trainer: "PPOTrainer", old: PPOBatch, data: learner.Sequences, in
     return Optimised(stats, distance, norm)
 
 
-def _gradients(trainer, old: PPOBatch, data: learner.Sequences, index: torch.Tensor) -> tuple[PPOStats, float]:
+def _gradients(trainer, old: PPOBatch, data: learner.Sequences, index: torch.Tensor, fused) -> tuple[PPOStats, float]:
     """Backward over the mini-batch in micro-batches whose losses add up to its mean over tokens."""
     args, accelerator = trainer.args, trainer.accelerator
     options = PPOLossOptions(args.cliprange, args.cliprange_value, args.vf_coef)
@@ -125,6 +128,10 @@ def _gradients(trainer, old: PPOBatch, data: learner.Sequences, index: torch.Ten
     lengths = data.real_BL[index].sum(1)
     micros = index[lengths.argsort(descending=True, stable=True)].split(trainer.micro_rows)
     results = []
+    if fused:
+        fused.refresh()
+        results = [fused.learn(rows.tolist(), old, options, normalizer) for rows in micros]
+        micros = ()
     for place, rows in enumerate(micros):
         part, part_old = data.rows(rows), PPOBatch(*(x[rows] for x in old[:4]))
         is_last = place == len(micros) - 1
