@@ -206,7 +206,9 @@ def write_trl_folder(folder, shards: int) -> AutoModelForCausalLMWithValueHead:
 @pytest.mark.parametrize("shards", [1, 3, 30])
 def test_load_trls_pickled_checkpoint(tmp_path, shards):
     wrapper = write_trl_folder(tmp_path, shards)
-    again = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
+    with pytest.raises(OSError, match="is a pickle.*load it with allow_pickle=True"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path), allow_pickle=True)
     for name, weight in wrapper.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
 
@@ -245,6 +247,8 @@ def test_pickles_run_no_code(tmp_path):
 
     torch.save({"v_head.summary.weight": Harm()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(Exception, match="weights_only|Weights only"):
+        checkpoint.load_value_head(checkpoint.finder(str(tmp_path), {}), allow_pickle=True)
+    with pytest.raises(OSError, match="pytorch_model.bin is a pickle"):
         checkpoint.load_value_head(checkpoint.finder(str(tmp_path), {}))
 
 

@@ -146,7 +146,9 @@ def test_load_trls_adapter_folder(base, tmp_path):
     policy.pretrained_model.save_pretrained(tmp_path / "trl")
     head = {name: weight for name, weight in policy.state_dict().items() if name.startswith("v_head.")}
     torch.save(head, tmp_path / "trl/pytorch_model.bin")
-    again = LOAD(tmp_path / "trl").eval()
+    with pytest.raises(OSError, match="pytorch_model.bin is a pickle"):
+        LOAD(tmp_path / "trl")
+    again = LOAD(tmp_path / "trl", allow_pickle=True).eval()
     same(again(TOKENS)[2], policy(TOKENS)[2])
 
 

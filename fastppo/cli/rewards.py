@@ -100,14 +100,16 @@ class ClassifierReward:
         return checked(self.name, scores, responses)
 
 
-def load_reward(spec: str, columns: Sequence[str], label: str | None = None, device: Any = "cpu") -> Reward:
+def load_reward(
+    spec: str, columns: Sequence[str], label: str | None = None, device: Any = "cpu", allow_pickle: bool = False
+) -> Reward:
     """`module:function`, `path.py:function`, `path.py` (its function `reward`), or a classifier's folder or hub id."""
     source, _, function = spec.partition(":")
     if source.endswith(".py"):
         return FunctionReward(find_function(import_file(Path(source)), function or "reward", spec), spec, columns)
     if function:
         return FunctionReward(find_function(import_module(source, spec), function, spec), spec, columns)
-    return load_classifier(spec, label, device)
+    return load_classifier(spec, label, device, allow_pickle)
 
 
 def import_file(path: Path) -> Any:
@@ -144,11 +146,14 @@ def find_function(module: Any, name: str, spec: str) -> Callable:
     raise UserError(f"--reward: {spec}: the module has {what}.{nearest(name, functions)}")
 
 
-def load_classifier(source: str, label: str | None, device: Any) -> ClassifierReward:
+def load_classifier(source: str, label: str | None, device: Any, allow_pickle: bool = False) -> ClassifierReward:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from fastppo.models.pickles import safetensors_only
+
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(source)
+        with safetensors_only(source, allow_pickle, "--allow-pickle") as options:
+            model = AutoModelForSequenceClassification.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastppo.models.pickles import refused
+
 V_HEAD_FILE = "value_head.safetensors"
 V_HEAD_PREFIX = "v_head."
 # in the order in which they are looked for; the first that is there decides, in each row
@@ -36,11 +38,14 @@ def finder(path_or_id: str, hub_kwargs: dict) -> Find:
     return lambda name: cached_file(path_or_id, name, **quiet, **hub_kwargs)
 
 
-def load_value_head(find: Find) -> dict[str, Tensor]:
-    """`v_head.*` tensors of a checkpoint; empty when it has none."""
+def load_value_head(find: Find, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """`v_head.*` tensors of a checkpoint; empty when it has none. OSError for a pickle that is not allowed."""
     for names in (V_HEAD_FILES, MODEL_FILES):
         # a repository with both kinds of model file has the same weights in both: no download to find nothing again
         files = next((files for name in names if (files := _files_of(find, name)) is not None), [])
+        pickled = next((file for file in files if not file.endswith(".safetensors")), None)
+        if pickled is not None and not allow_pickle:
+            raise refused(pickled)
         weights = {key: weight for file in files for key, weight in _read_value_head(file).items()}
         if weights:
             return weights

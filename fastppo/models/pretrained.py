@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from fastppo.models.checkpoint import finder
+from fastppo.models.pickles import refused, safetensors_only
+
 logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("token", "revision", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
@@ -25,6 +28,7 @@ class Source:
     peft_config: Any = None
     is_trainable: bool = False
     kbit_kwargs: dict[str, Any] = field(default_factory=dict)
+    allow_pickle: bool = False
 
     @property
     def hub_kwargs(self) -> dict[str, Any]:
@@ -55,7 +59,8 @@ def load_by_name(auto_class, source: Source, *model_args):
     if kwargs.get("local_files_only"):
         # transformers looks for an adapter once more, on the network unless told
         kwargs = {"adapter_kwargs": {**source.hub_kwargs}, **kwargs}
-    model = auto_class.from_pretrained(source.path_or_id, *model_args, **kwargs)
+    with safetensors_only(source.path_or_id, source.allow_pickle or "use_safetensors" in kwargs) as only:
+        model = auto_class.from_pretrained(source.path_or_id, *model_args, **only, **kwargs)
     return model if source.peft_config is None else add_adapter(model, source.peft_config, source.kbit_kwargs)
 
 
@@ -81,8 +86,22 @@ def _load_adapter(auto_class, source: Source, *model_args):
 
     config = PeftConfig.from_pretrained(source.path_or_id, **source.hub_kwargs)
     base_kwargs = {k: v for k, v in source.model_kwargs.items() if k not in REPOSITORY_ARGUMENTS}
-    base = auto_class.from_pretrained(config.base_model_name_or_path, *model_args, **_with_dtype(base_kwargs))
+    check_adapter(source.path_or_id, source.hub_kwargs, source.allow_pickle)
+    name = config.base_model_name_or_path
+    with safetensors_only(name, source.allow_pickle or "use_safetensors" in base_kwargs) as only:
+        base = auto_class.from_pretrained(name, *model_args, **only, **_with_dtype(base_kwargs))
     return PeftModel.from_pretrained(base, source.path_or_id, is_trainable=source.is_trainable, **source.hub_kwargs)
+
+
+def check_adapter(path_or_id: str, hub_kwargs: dict[str, Any], allow_pickle: bool) -> None:
+    """OSError for an adapter whose weights are a pickle only, unless that is allowed."""
+    find = finder(path_or_id, hub_kwargs)
+    if (
+        not allow_pickle
+        and find("adapter_model.safetensors") is None
+        and (file := find("adapter_model.bin")) is not None
+    ):
+        raise refused(file)
 
 
 def _with_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class PreTrainedModelWrapper(nn.Module):
         reward_adapter: str | None = None,
         reward_adapter_name: str = "reward_adapter",
         is_trainable: bool = False,
+        allow_pickle: bool = False,
         **kwargs,
     ):
         """Wrap a model: a folder, a Hub id, a PreTrainedModel or a PeftModel.
@@ -93,24 +94,30 @@ class PreTrainedModelWrapper(nn.Module):
         peft_config: add a new adapter of this configuration; ignored (with a warning) when the folder holds one.
         reward_adapter: folder or Hub id of a sequence-classification adapter for compute_reward_score.
         is_trainable: whether an adapter loaded from the folder trains.
+        allow_pickle: also load weights that are only there as pickles (.bin), which can run code: from trusted sources.
         supported_args go to the wrapper, load_in_8bit / load_in_4bit become a BitsAndBytesConfig, keywords of
         peft.prepare_model_for_kbit_training go there, all others to the auto class. Weights are float32 unless dtype is given.
         """
         _check_arguments(peft_config, reward_adapter)
         own_kwargs = {name: kwargs.pop(name) for name in cls.supported_args or () if name in kwargs}
         kbit_kwargs, model_kwargs = pretrained.split_kbit_kwargs(kwargs)
-        source = pretrained.Source(pretrained_model_name_or_path, model_kwargs, peft_config, is_trainable, kbit_kwargs)
+        source = pretrained.Source(
+            pretrained_model_name_or_path, model_kwargs, peft_config, is_trainable, kbit_kwargs, allow_pickle
+        )
         v_head_weights = {}
         if isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
             source.path_or_id = os.fspath(pretrained_model_name_or_path)
             model = pretrained.load_by_name(cls.transformers_parent_class, source, *model_args)
-            v_head_weights = checkpoint.load_value_head(checkpoint.finder(source.path_or_id, source.hub_kwargs))
+            v_head_weights = checkpoint.load_value_head(
+                checkpoint.finder(source.path_or_id, source.hub_kwargs), allow_pickle
+            )
             if not v_head_weights:
                 logger.warning("%s has no value head: it starts from random weights", source.path_or_id)
         else:
             model = _take_model(cls, source)
         if reward_adapter is not None:
             token = model_kwargs.get("token")
+            pretrained.check_adapter(reward_adapter, {} if token is None else {"token": token}, allow_pickle)
             own_kwargs |= {"supports_rm_adapter": True, "rm_adapter_name": reward_adapter_name}
             own_kwargs["score_module"] = cls.add_and_load_reward_modeling_adapter(
                 model, reward_adapter, reward_adapter_name, token=token

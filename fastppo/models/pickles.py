@@ -1,0 +1,26 @@
+"""Weights from outside come from safetensors: reading a pickle can run what its author put into it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+def refused(file: str, how: str = "allow_pickle=True") -> OSError:
+    return OSError(
+        f"{file} is a pickle, which can run code when it is read, and there is no safetensors file in its place: "
+        f"convert it, or if you trust where it comes from, load it with {how}"
+    )
+
+
+@contextlib.contextmanager
+def safetensors_only(source: Any, allowed: bool, how: str = "allow_pickle=True") -> Iterator[dict[str, Any]]:
+    """The keywords that keep transformers from pickles (none where they are allowed); its error then says what to do."""
+    if allowed:
+        yield {}
+        return
+    try:
+        yield {"use_safetensors": True}
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise refused(f"{source}: its weights file", how) from error
