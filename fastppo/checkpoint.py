@@ -120,7 +120,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                 f"{wanted['bytes']} bytes, {wanted['sha256'][:12]}. The file is truncated or was changed"
             )
     try:
-        parts = {n.removesuffix(".safetensors"): load(data) for n, data in contents.items() if n != "values.json"}
+        tensors = {n.removesuffix(".safetensors"): load(data) for n, data in contents.items() if n != "values.json"}
+        # clone: `load` gives views into the file's bytes, which are not aligned as torch's own memory is
+        parts = {part: {name: t.clone() for name, t in group.items()} for part, group in tensors.items()}
         values = json.loads(contents["values.json"])
         step = int(manifest["step"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of SFT, reward and PPO runs, start again the same way, compare the final weights.
+"""kill -9 at random moments of SFT, reward, late and classic PPO runs, start again the same way, compare the final weights.
 
 A process of its own that never trains itself: it forks each run, so that a run costs no imports.
 Prints one JSON object: kind -> list of {"killed_after": seconds, "killed": bool, "equal": bool}.
@@ -21,6 +21,8 @@ from sft_cases import make_model, make_tokenizer, rows
 
 from fastppo import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastppo.experimental.ppo import PPOConfig, PPOTrainer
+
+CLASSIC_STEPS = 12
 
 COMMON = dict(
     use_cpu=True, report_to="none", save_strategy="steps", save_steps=1, save_total_limit=2, disable_tqdm=True
@@ -46,8 +48,24 @@ def build(kind: str, folder: str):
     return trainer(model=model, args=args, train_dataset=data, processing_class=make_tokenizer())
 
 
+class Classic:
+    """A script over the classic API: the loop that its users write, with a checkpoint after every step."""
+
+    def __init__(self, folder: str):
+        import test_resume
+
+        self.folder, self.steps = folder, test_resume
+        self.run = test_resume.build({"config": {"target": 0.1, "horizon": 20, "use_score_scaling": True}})
+        self.model = self.run.model
+
+    def train(self, resume_from_checkpoint: str) -> None:
+        self.run.load_checkpoint(self.folder, missing_ok=True)
+        if self.run._steps_done < CLASSIC_STEPS:
+            self.steps.go_on(self.run, CLASSIC_STEPS, after=lambda: self.run.save_checkpoint(self.folder, keep=2))
+
+
 def child(kind: str, folder: str) -> None:
-    run = build(kind, folder)
+    run = Classic(folder) if kind == "classic" else build(kind, folder)
     run.train(resume_from_checkpoint="auto")
     digest = hashlib.sha256()
     for parameter in run.model.parameters():
@@ -83,7 +101,8 @@ def main(moments: dict[str, int]) -> dict:
     draw, report = random.Random(), {}
     for kind, count in moments.items():
         with tempfile.TemporaryDirectory() as folder:
-            build(kind, folder)  # imports what the runs will need
+            # imports what the runs will need
+            Classic(folder) if kind == "classic" else build(kind, folder)
         with tempfile.TemporaryDirectory() as folder:
             began = time.time()
             wanted = finish(kind, folder)

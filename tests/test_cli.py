@@ -128,7 +128,7 @@ def test_numbers_without_a_dot_are_numbers():
 def test_the_example_configuration_is_valid():
     from fastppo.cli.train import read_options
 
-    options, config = read_options(["--config", str(ROOT / "examples/train.yaml"), "--seed", "7"])
+    options, config, _ = read_options(["--config", str(ROOT / "examples/train.yaml"), "--seed", "7"])
     assert (options.model, config.batch_size, config.seed, config.total_ppo_epochs) == ("gpt2", 32, 7, 100)
     assert (config.model_name, config.query_dataset) == ("gpt2", "prompts.jsonl")
 

@@ -46,8 +46,8 @@ def build(case: dict, **extra) -> PPOTrainer:
     return PPOTrainer(made.config, made.model, made.ref_model, made.tokenizer, Rows(), data_collator=list, **again)
 
 
-def go_on(made: PPOTrainer, steps: int) -> list[dict]:
-    """Train until `steps` steps are done in all; statistics of the steps made here."""
+def go_on(made: PPOTrainer, steps: int, after=lambda: None) -> list[dict]:
+    """Train until `steps` steps are done in all, calling after() after each; statistics of the steps made here."""
     stats = []
     while True:
         for queries in made.dataloader:
@@ -55,6 +55,7 @@ def go_on(made: PPOTrainer, steps: int) -> list[dict]:
             noise = torch.randn(4) + float(np.random.rand())
             scores = [r.float().mean() / 50 + n for r, n in zip(responses, noise, strict=True)]
             stats.append(made.step(queries, responses, scores))
+            after()
             if made._steps_done == steps:
                 return stats
 

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,22 +46,27 @@ class Step:
 @dataclass(frozen=True)
 class LoopOptions:
     """steps: PPO steps. generation: keyword arguments of PPOTrainer.generate. seed: order of the prompts.
-    probes: prompts that are answered before and after training."""
+    probes: prompts that are answered before and after training. checkpoints: cli/checkpoints.py's; None writes none.
+    resumed: (steps done, answers to the probes before training) of a run that goes on."""
 
     steps: int
     generation: Mapping[str, Any]
     seed: int = 0
     probes: Sequence[Prompt] = ()
+    checkpoints: Any = None
+    resumed: tuple[int, list[Sample]] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """done: steps finished. ended: "finished", "interrupted", or "failed". before, after: answers to the probes."""
+    """done: steps finished. ended: "finished", "interrupted", or "failed". before, after: answers to the probes.
+    at_once: stopped in the middle of a step, by a second interrupt."""
 
     done: int
     ended: str
     before: list[Sample]
     after: list[Sample]
+    at_once: bool = False
 
 
 class Reward(Protocol):
@@ -86,6 +92,7 @@ class Interrupts:
         text: str = "Stopping after this step, then saving. Ctrl-C again stops at once and saves.",
     ):
         self.notice, self.text, self.asked, self.previous = notice, text, False, {}
+        self.at_once = False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
@@ -98,9 +105,17 @@ class Interrupts:
 
     def handle(self, number, frame):
         if self.asked:
+            self.at_once = True
             raise KeyboardInterrupt
         self.asked = True
         self.notice(self.text)
+
+    def anywhere(self, accelerator: Any) -> bool:
+        """Whether any process was asked: all stop after the same step."""
+        if accelerator.num_processes > 1:
+            asked = torch.tensor([float(self.asked)], device=accelerator.device)
+            self.asked = bool(accelerator.gather(asked).any())
+        return self.asked
 
 
 def batches(prompts: Sequence[Prompt], size: int, seed: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Prompt]]:
@@ -111,6 +126,14 @@ def batches(prompts: Sequence[Prompt], size: int, seed: int, rank: int = 0, rank
             waiting += rng.sample(range(len(prompts)), len(prompts))
         chosen, waiting = waiting[: size * ranks], waiting[size * ranks :]
         yield [prompts[i] for i in chosen[rank::ranks]]
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> dict[str, int]:
+    """How many prompts and a checksum of their tokens: the order of the batches follows from both."""
+    checksum = 0
+    for prompt in prompts:
+        checksum = zlib.crc32(prompt.tokens.cpu().long().numpy().tobytes(), checksum)
+    return {"prompts": len(prompts), "crc32": checksum}
 
 
 def respond(
@@ -134,7 +157,10 @@ def ppo_steps(trainer: Any, prompts: Sequence[Prompt], reward: Reward, options: 
     """Generate, score and update `options.steps` times."""
     ranks = trainer.accelerator
     source = batches(prompts, trainer.config.batch_size, options.seed, ranks.process_index, ranks.num_processes)
-    for number in range(1, options.steps + 1):
+    done = options.resumed[0] if options.resumed else 0
+    for _ in range(done):
+        next(source)
+    for number in range(done + 1, options.steps + 1):
         batch, marks = next(source), [time.perf_counter()]
         queries, responses, texts = respond(trainer, batch, options.generation)
         marks.append(time.perf_counter())
@@ -172,32 +198,64 @@ def diverged(step: int, why: str) -> UserError:
     return UserError(f"training diverged in step {step}: {why}. Lower the learning rate, or set --max-grad-norm 1.0.")
 
 
+def train(
+    trainer: Any, prompts: Sequence[Prompt], reward: Reward, options: LoopOptions, recorder: Recorder, run
+) -> None:
+    """The probes and the steps, each recorded and saved; what came of it goes into `run` as it happens."""
+    if options.resumed:
+        run.done, run.before = options.resumed
+    else:
+        run.before = probe(trainer, options.probes, reward, options.generation)
+    extra = None
+    if options.checkpoints is not None:
+        extra = {"before": [[s.response, s.score] for s in run.before], "prompts": fingerprint(prompts)}
+    for step in ppo_steps(trainer, prompts, reward, options):
+        run.done = step.number
+        recorder.step(step)
+        if not math.isfinite(step.metrics.get("ppo/loss/total", 0.0)):
+            raise diverged(run.done, f"the loss is {step.metrics['ppo/loss/total']}")
+        stop = run.interrupts.anywhere(trainer.accelerator)
+        if options.checkpoints is not None:
+            options.checkpoints.after_step(trainer, run.done, extra, must=stop or run.done == options.steps)
+        if stop:
+            return
+    run.after = probe(trainer, options.probes, reward, options.generation)
+
+
+@dataclass
+class Course:
+    """A run on its way; see Outcome."""
+
+    interrupts: Interrupts
+    done: int = 0
+    before: list[Sample] = field(default_factory=list)
+    after: list[Sample] = field(default_factory=list)
+
+    def outcome(self, failure: Exception | None) -> Outcome:
+        ended = "failed" if failure else "interrupted" if self.interrupts.asked else "finished"
+        return Outcome(self.done, ended, self.before, self.after, self.interrupts.at_once)
+
+
 def run_loop(
     trainer: Any, prompts: Sequence[Prompt], reward: Reward, options: LoopOptions, recorder: Recorder
 ) -> Outcome:
     """Train, and save whatever was trained; a UserError or bug on the way is raised after the saving."""
-    done, ended, before, after, failure = 0, "finished", [], [], None
-    with Interrupts(recorder.notice) as interrupts:
+    failure = None
+    again = "saves" if options.checkpoints is None else "keeps the last checkpoint"
+    with Interrupts(
+        recorder.notice, f"Stopping after this step, then saving. Ctrl-C again stops at once and {again}."
+    ) as asked:
+        run = Course(asked)
         try:
-            before = probe(trainer, options.probes, reward, options.generation)
-            for step in ppo_steps(trainer, prompts, reward, options):
-                done = step.number
-                recorder.step(step)
-                if not math.isfinite(step.metrics.get("ppo/loss/total", 0.0)):
-                    raise diverged(done, f"the loss is {step.metrics['ppo/loss/total']}")
-                if interrupts.asked:
-                    break
-            else:
-                after = probe(trainer, options.probes, reward, options.generation)
+            train(trainer, prompts, reward, options, recorder, run)
         except KeyboardInterrupt:
-            interrupts.asked = True
+            asked.asked = True
         except FloatingPointError as error:
-            failure = diverged(done + 1, str(error))
+            failure = diverged(run.done + 1, str(error))
             failure.__cause__ = error
         except Exception as error:
             failure = error
-        ended = "failed" if failure else "interrupted" if interrupts.asked else "finished"
-        outcome = Outcome(done, ended, before, after)
+        outcome = run.outcome(failure)
         try:
             recorder.finish(trainer, outcome)
         except Exception as error:

@@ -17,6 +17,7 @@ from fastppo.cli.errors import UserError, disk_error
 from fastppo.cli.loop import Outcome, Sample, Step
 
 METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 
 
 @contextlib.contextmanager
@@ -37,12 +38,16 @@ def writing(path: Path) -> Iterator[None]:
 class RunFolder:
     """Creates the folder (a new one, or an empty one, unless `overwrite`) and writes a run into it as it goes.
 
+    resume: goes on with the run that is there; `at_step` then drops what it recorded after that step.
     Raises UserError when the folder holds another run or cannot be written.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False):
+        self.path, self.board, self.purge_step = Path(path), None, None
         with writing(self.path):
+            if resume:
+                self.metrics = (self.path / METRICS).open("a", encoding="utf-8")
+                return
             self.path.mkdir(parents=True, exist_ok=True)
             old = self.path / METRICS
             if old.exists() and old.stat().st_size and not overwrite:
@@ -50,8 +55,19 @@ class RunFolder:
                     f"{self.path} already holds a run. Choose another --output-dir, or write over it with --overwrite."
                 )
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
             self.metrics = (self.path / METRICS).open("w", encoding="utf-8")
-        self.board = None
+
+    def at_step(self, step: int) -> None:
+        """Forget what was recorded after `step`: those steps are done again."""
+        self.purge_step = step + 1
+        with writing(self.path / METRICS):
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            new = self.path / f".{METRICS}"
+            new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            self.metrics.close()
+            os.replace(new, self.path / METRICS)
+            self.metrics = (self.path / METRICS).open("a", encoding="utf-8")
 
     def write_config(self, values: Mapping[str, Any]) -> None:
         """config.yaml: what --config takes to do this run again. info.json: versions, machine, back ends."""
@@ -72,7 +88,7 @@ class RunFolder:
             if self.board is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(str(self.path / "tensorboard"))
+                self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.purge_step)
             for name, value in step.metrics.items():
                 self.board.add_scalar(name, value, step.number)
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from fastppo.cli.checkpoints import Checkpoints, go_on
 from fastppo.cli.loop import LoopOptions, Outcome, Prompt, Reward, Step, run_loop
 from fastppo.cli.run_folder import RunFolder
 from fastppo.cli.screen import Screen, before_and_after
@@ -13,8 +14,8 @@ from fastppo.cli.screen import Screen, before_and_after
 class Session:
     """Records a run in `folder` and shows it on `screen`; processes other than the main one keep quiet."""
 
-    def __init__(self, folder: RunFolder | None, screen: Screen, title: str):
-        self.folder, self.screen, self.title = folder, screen, title
+    def __init__(self, folder: RunFolder | None, screen: Screen, title: str, checkpoints: Checkpoints | None = None):
+        self.folder, self.screen, self.title, self.checkpoints = folder, screen, title, checkpoints
         self.last: list = []
 
     def step(self, step: Step) -> None:
@@ -36,16 +37,29 @@ class Session:
             self.folder.close()
             self.screen.say("No step was finished: there is nothing to save.")
             return
+        if self.checkpoints is not None and outcome.at_once:
+            # in the middle of a step the weights are no step's: what there is of a policy stays
+            self.folder.close()
+            self.say_how_to_go_on(outcome)
+            return
         policy = self.folder.save_policy(trainer.accelerator.unwrap_model(trainer.model), trainer.tokenizer)
         if outcome.ended != "finished":
             self.screen.say(f"Run {outcome.ended} after step {outcome.done}; the policy so far is saved in {policy}")
+            self.say_how_to_go_on(outcome)
         self.folder.write_samples(outcome, self.last)
         self.folder.write_curves(self.title)
         self.folder.close()
 
+    def say_how_to_go_on(self, outcome: Outcome) -> None:
+        if self.checkpoints is None or self.checkpoints.saved < 0:
+            return
+        self.screen.say(
+            f"The last checkpoint is of step {self.checkpoints.saved}. Go on with: {go_on(self.folder.path)}"
+        )
+
     def tell(self, outcome: Outcome) -> None:
         """What came of it, and where it is."""
-        if self.folder is None or outcome.done == 0:
+        if self.folder is None or outcome.done == 0 or outcome.at_once and self.checkpoints is not None:
             return
         if outcome.before and outcome.after:
             self.screen.console.print(before_and_after(outcome.before, outcome.after))

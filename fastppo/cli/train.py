@@ -28,6 +28,15 @@ class TrainOptions:
     """Where the run goes; a new folder under runs/ when not given."""
     overwrite: bool = False
     """Write over a run that is already in --output-dir."""
+    resume: str | None = None
+    """Go on with a run that was stopped or killed: its folder, one of its checkpoints, or nothing for the latest. Its
+    options are used again; flags given now win (--steps to train longer)."""
+    save_every: int | None = None
+    """Steps between checkpoints; when not given, as often as takes 5 % of the run's time. An interrupt always saves."""
+    keep: int = 3
+    """The newest checkpoints that stay."""
+    allow_pickle: bool = False
+    """Load weights from pickle files (.bin) too, for models that have no safetensors: only from sources you trust."""
     dataset_split: str = "train"
     """Split of a dataset from the hub."""
     prompt_column: str | None = None
@@ -59,10 +68,12 @@ def options_class() -> type:
     return as_flat_class("FastppoTrain", "PPO on your model, your prompts and your reward.", TrainOptions, PPOConfig)
 
 
-def read_options(argv: Sequence[str]) -> tuple[Any, Any]:
-    """(options, PPOConfig). Raises UserError for what is missing or cannot be."""
+def read_options(argv: Sequence[str]) -> tuple[Any, Any, Any]:
+    """(options, PPOConfig, where to resume). Raises UserError for what is missing or cannot be."""
+    from fastppo.cli.checkpoints import with_saved_options
     from fastppo.config import PPOConfig
 
+    argv, place = with_saved_options(argv)
     options = parse(options_class(), argv, "fastppo train", __doc__)
     for name in ("model", "dataset", "reward"):
         if not getattr(options, name):
@@ -75,6 +86,8 @@ def read_options(argv: Sequence[str]) -> tuple[Any, Any]:
         "lora_rank": 1,
         "min_new_tokens": 0,
         "probes": 0,
+        "save_every": 1,
+        "keep": 1,
     }.items():
         value = getattr(options, name)
         if value is not None and value < least:
@@ -84,7 +97,7 @@ def read_options(argv: Sequence[str]) -> tuple[Any, Any]:
         if field.name in ours and getattr(options, field.name) == field.default:
             setattr(options, field.name, getattr(options, ours[field.name]))
     try:
-        return options, PPOConfig(**{f.name: getattr(options, f.name) for f in fields(PPOConfig) if f.init})
+        return options, PPOConfig(**{f.name: getattr(options, f.name) for f in fields(PPOConfig) if f.init}), place
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
 
@@ -106,7 +119,7 @@ def load_policy(options: Any) -> tuple[Any, Any]:
             extra = {"peft_config": LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, task_type=task)}
         kind = "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
         wrapper = getattr(fastppo, f"AutoModelFor{kind}WithValueHead")
-        model = wrapper.from_pretrained(options.model, **extra)
+        model = wrapper.from_pretrained(options.model, allow_pickle=options.allow_pickle, **extra)
     except (OSError, ValueError) as error:
         known = "a folder here" if Path(options.model).is_dir() else "no folder here"
         said = " ".join(str(error).split())[:400]
@@ -137,29 +150,47 @@ def generation_options(options: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def run(argv: Sequence[str]) -> int:
-    options, config = read_options(argv)
-    from accelerate import PartialState
+def open_folder(options: Any, place: Any) -> Any:
+    """The run's folder: before the slow parts, as one that cannot be written should not cost a model's loading."""
+    from fastppo.cli.run_folder import RunFolder
 
+    if place is not None:
+        return RunFolder(place.run, resume=True)
+    default = Path("runs") / time.strftime("train-%Y%m%d-%H%M%S")
+    folder = RunFolder(options.output_dir or default, overwrite=options.overwrite)
+    folder.write_config(saved_options(options))
+    return folder
+
+
+def saved_options(options: Any) -> dict[str, Any]:
+    """What config.yaml holds, for --config and --resume."""
+    return to_yaml_values(options, leave_out=("output_dir", "overwrite", "resume"))
+
+
+def run(argv: Sequence[str]) -> int:
+    options, config, place = read_options(argv)
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from fastppo.cli.checkpoints import Checkpoints, answers_of
     from fastppo.cli.loop import LoopOptions
     from fastppo.cli.prompts import find_column, load_rows, make_prompts
     from fastppo.cli.rewards import load_reward
-    from fastppo.cli.run_folder import RunFolder
     from fastppo.cli.screen import Screen
     from fastppo.cli.session import Session, quiet_libraries, run_session
     from fastppo.core import set_seed
 
-    state, folder = PartialState(), None
-    if (
-        state.is_main_process
-    ):  # before the slow parts: a folder that cannot be written should not cost a model's loading
-        default = Path("runs") / time.strftime("train-%Y%m%d-%H%M%S")
-        folder = RunFolder(options.output_dir or default, overwrite=options.overwrite)
-        folder.write_config(to_yaml_values(options, leave_out=("output_dir", "overwrite")))
+    state = PartialState()
+    folder = open_folder(options, place) if state.is_main_process else None
+    where = [None if folder is None else folder.path]
+    if state.num_processes > 1:
+        broadcast_object_list(where)
     rows = load_rows(options.dataset, options.dataset_split)
     column = find_column(rows, options.prompt_column, options.dataset)
+    checkpoints, resumed = Checkpoints(where[0] / "checkpoints", options.save_every, options.keep), None
     with quiet_libraries():
-        reward = load_reward(options.reward, [n for n in rows[0] if n != column], options.reward_label, state.device)
+        names = [n for n in rows[0] if n != column]
+        reward = load_reward(options.reward, names, options.reward_label, state.device, options.allow_pickle)
         set_seed(config.seed)  # before the value head, whose weights start at random
         model, tokenizer = load_policy(options)
         room = room_for_prompt(model, options.max_new_tokens)
@@ -170,7 +201,26 @@ def run(argv: Sequence[str]) -> int:
     held_out = min(options.probes, max(0, len(prompts) - config.batch_size))
     probes = prompts[len(prompts) - held_out :] or prompts[: options.probes]
     kept = prompts[: len(prompts) - held_out]
-    steps = config.total_ppo_epochs
-    loop = LoopOptions(steps, generation_options(options, tokenizer), config.seed, probes)
-    title = f"fastppo train: {Path(options.model).name} on {Path(options.dataset).name}, reward {options.reward}"
-    return run_session(trainer, kept, reward, loop, Session(folder, Screen(steps, title), title))
+    steps, name = config.total_ppo_epochs, Path(options.model).name
+    screen = Screen(steps, f"fastppo train: {name} on {Path(options.dataset).name}, reward {options.reward}")
+    if place is not None:
+        resumed = resume(checkpoints, trainer, place, folder, screen)
+        if folder is not None:
+            folder.write_config(saved_options(options))
+        resumed = (resumed.step, answers_of(resumed.extra, kept, probes))
+    generation = generation_options(options, tokenizer)
+    loop = LoopOptions(steps, generation, config.seed, probes, checkpoints, resumed)
+    return run_session(trainer, kept, reward, loop, Session(folder, screen, screen.title, checkpoints))
+
+
+def resume(checkpoints: Any, trainer: Any, place: Any, folder: Any, screen: Any) -> Any:
+    """Load the checkpoint and say which, and why newer ones were passed over; the records after it are dropped."""
+    back = checkpoints.load(trainer, place.path)
+    if folder is None:
+        return back
+    for reason in back.passed_over:
+        screen.say(f"Passed over a checkpoint: {reason}")
+    screen.before = back.step
+    screen.say(f"Going on after step {back.step}, from {back.path}")
+    folder.at_step(back.step)
+    return back

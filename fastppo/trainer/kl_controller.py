@@ -26,5 +26,6 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, current: float, n_steps: int) -> None:
-        error = min(max(current / self.target - 1, -self.MAX_ERROR), self.MAX_ERROR)
+        # float: a numpy float32 would make of beta a float32 in some steps, by whether the error is clipped
+        error = min(max(float(current) / self.target - 1, -self.MAX_ERROR), self.MAX_ERROR)
         self.value *= 1 + error * n_steps / self.horizon

@@ -1,0 +1,166 @@
+"""Whether a checkpoint fits a classic trainer: everything is checked before anything is changed."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastppo import checkpoint as ckpt
+from fastppo.checkpoint import Checkpoint, CheckpointError
+from fastppo.trainer.columns import Batches
+from fastppo.trainer.state_parts import config_values, counters, frozen, running, saved_tensors, type_name
+
+logger = logging.getLogger("fastppo.trainer.state")
+
+KIND = "classic-ppo"
+# fields that say where and how a run runs, not what it computes
+_FREE_FIELDS = (
+    "steps",
+    "exp_name",
+    "task_name",
+    "model_name",
+    "log_with",
+    "tracker_project_name",
+    "query_dataset",
+    "total_ppo_epochs",
+)
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _is_whole(x, least: int = 0) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and least <= x < 2**63
+
+
+_SCALARS = {
+    "config": ("an object", lambda x: isinstance(x, dict)),
+    "base": ("text", lambda x: isinstance(x, str)),
+    "highest_reward": ("a number or null", lambda x: x is None or _is_number(x)),
+    "skipped": ("a count", _is_whole),
+    "trust_rollout": ("true, false or null", lambda x: x is None or isinstance(x, bool)),
+    "token_budget": ("a count or null", lambda x: x is None or _is_whole(x, 1)),
+    "threads": ("a count", lambda x: _is_whole(x, 1)),
+    "scaler": ("an object or null", lambda x: x is None or isinstance(x, dict)),
+    "random": ("a list", lambda x: isinstance(x, list)),
+}
+
+
+def check_trainer(trainer, saved: Checkpoint) -> None:
+    values, where = saved.values, saved.path
+    if not isinstance(values, dict) or values.get("kind") != KIND:
+        raise CheckpointError(
+            f"{where}: not a checkpoint of PPOTrainer.save_checkpoint; it was written by something else"
+        )
+    if values["processes"] != trainer.accelerator.num_processes:
+        raise CheckpointError(
+            f"{where}: saved by {values['processes']} processes, this run has {trainer.accelerator.num_processes}: "
+            "resume with the same number"
+        )
+    now = frozen(trainer)
+    if values["frozen"].keys() != now.keys():
+        raise CheckpointError(
+            f"{where}: the saved run had {sorted(values['frozen']) or 'no'} frozen models, this one {sorted(now) or 'none'}: "
+            "build model and ref_model as the saved run did"
+        )
+    for name, words in (("base", "the model below the adapters"), ("reference", "the reference model")):
+        if values["frozen"].get(name) != now.get(name):
+            raise CheckpointError(
+                f"{where}: {words} is not the saved run's ({values['base'] or 'unnamed'}); start from the same one"
+            )
+    ckpt.check_tensors(f"{where}: policy", saved.parts["policy"], saved_tensors(trainer))
+    _check_values(trainer, values, where)
+
+
+def _check_values(trainer, values: Mapping[str, Any], where) -> None:
+    for key, wanted in (("running", running(trainer)), ("counters", counters(trainer))):
+        found = values[key]
+        if found.keys() != wanted.keys() or not all(map(_is_number, found.values())):
+            raise CheckpointError(
+                f"{where}: values.json: {key!r} must hold numbers named {sorted(wanted)}; got {found}"
+            )
+    for key, (wanted, holds) in _SCALARS.items():
+        if not holds(values[key]):
+            raise CheckpointError(f"{where}: values.json: {key!r} must be {wanted}; got {values[key]!r:.80}")
+    if not _is_number(values["kl"]["value"]):
+        raise CheckpointError(
+            f"{where}: values.json: the KL coefficient must be a number; got {values['kl']['value']!r}"
+        )
+    if values["kl"]["type"] != type(trainer.kl_ctl).__name__:
+        raise CheckpointError(
+            f"{where}: saved with {values['kl']['type']}, this run has {type(trainer.kl_ctl).__name__}: "
+            f"set adap_kl_ctrl={values['config']['adap_kl_ctrl']}"
+        )
+    if (values["scheduler"] is None) != (trainer.lr_scheduler is None):
+        had, has = ("no", "one") if values["scheduler"] is None else ("a", "none")
+        raise CheckpointError(f"{where}: the saved run had {had} lr_scheduler, this one has {has}: pass it as then")
+    data = values["data"]
+    if data is None or not isinstance(trainer.dataloader, Batches):
+        return
+    now = trainer.dataloader.state()
+    for key in ("epoch", "done", "seed"):
+        if not _is_whole(data[key]) and not (key == "seed" and data["done"] == 0):
+            raise CheckpointError(f"{where}: values.json: the data's {key!r} must be a count; got {data[key]!r}")
+    for key, words in (("rows", "rows in the dataset"), ("batch", "rows in a batch")):
+        if data[key] != now[key]:
+            raise CheckpointError(
+                f"{where}: the saved run had {data[key]} {words}, this one has {now[key]}: the place in the data is lost"
+            )
+
+
+def check_random(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+    """Raise what set_rng_state raises for such a state, with the generators as they were."""
+    before = ckpt.rng_state()
+    try:
+        ckpt.set_rng_state(tensors, values)
+    finally:
+        ckpt.set_rng_state(*before)
+
+
+def _plain(value):
+    """As it comes back from JSON."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_optimizer(trainer, saved: Checkpoint, optimizer: Mapping[str, Any]) -> None:
+    had, has = saved.values["optimizer"]["type"], type_name(trainer.optimizer)
+    if had != has:
+        raise CheckpointError(f"{saved.path}: saved with the optimizer {had}, this run has {has}: pass the same kind")
+    groups = [[len(g["params"]) for g in x["param_groups"]] for x in (optimizer, trainer.optimizer.state_dict())]
+    if groups[0] != groups[1]:
+        raise CheckpointError(
+            f"{saved.path}: the saved optimizer has groups of {groups[0]} parameters, this run's {groups[1]}: build it alike"
+        )
+    for then, now in zip(optimizer["param_groups"], trainer.optimizer.state_dict()["param_groups"], strict=True):
+        wrong = [n for n in now if n not in then or type(then[n]) is not type(_plain(now[n]))]
+        if wrong or then["params"] != now["params"]:
+            raise CheckpointError(
+                f"{saved.path}: the optimizer's setting {(wrong or ['params'])[0]!r} is missing or not what {has} has"
+            )
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    for index, state in optimizer["state"].items():
+        if not _is_whole(index) or index >= len(parameters):
+            raise CheckpointError(f"{saved.path}: the saved optimizer has a parameter {index!r}, this run's does not")
+        for name, tensor in state.items():
+            if torch.is_tensor(tensor) and tensor.dim() and tensor.shape != parameters[index].shape:
+                raise CheckpointError(
+                    f"{saved.path}: the optimizer's {name!r} of parameter {index} is {tuple(tensor.shape)}, "
+                    f"the parameter {tuple(parameters[index].shape)}"
+                )
+
+
+def tell_changes(trainer, saved: Checkpoint) -> None:
+    """A warning for every setting that is not as it was: the run goes on, but not as it would have."""
+    now, then = config_values(trainer), saved.values["config"]
+    names = [n for n in now if n in then and now[n] != then[n] and n not in _FREE_FIELDS]
+    if names:
+        told = ", ".join(f"{name} {then[name]!r} -> {now[name]!r}" for name in names)
+        logger.warning("resuming with changed settings: %s (learning rates come from the checkpoint)", told)
+    if saved.values["threads"] != torch.get_num_threads():
+        logger.warning(
+            "resuming with %d threads, saved with %d: rounding will differ from an uninterrupted run's",
+            torch.get_num_threads(),
+            saved.values["threads"],
+        )

@@ -1,0 +1,104 @@
+"""What the checkpoint of a classic trainer is made of: its tensors, and the rest as JSON values."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from fastppo import checkpoint as ckpt
+
+# elements of each frozen tensor that its fingerprint reads
+_SAMPLED = 64
+_COUNTERS = ("current_step", "_steps_done", "compare_step")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered (all processes take part), any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def unwrapped(trainer):
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def saved_tensors(trainer) -> dict[str, torch.Tensor]:
+    """The policy's tensors that a checkpoint holds, by name; the very tensors, tied ones once."""
+    model = unwrapped(trainer)
+    if trainer.is_peft_model:
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    persistent = {f"{at}.{name}" if at else name for at, module in model.named_modules() for name in _buffers(module)}
+    return dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in persistent}
+
+
+def _buffers(module) -> list[str]:
+    return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, shapes, dtypes and a few elements of each: tells another model, without reading all of one."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        flat = whole(tensor.detach()).flatten()
+        some = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {some.double().tolist()}".encode())
+    return digest.hexdigest()
+
+
+def frozen(trainer) -> dict[str, str]:
+    """Fingerprints of what a checkpoint does not hold: the reference, and the base below adapters."""
+    found = {}
+    if trainer.ref_model is not None:
+        found["reference"] = fingerprint(trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters())
+    if trainer.is_peft_model:
+        found["base"] = fingerprint((n, p) for n, p in unwrapped(trainer).named_parameters() if not p.requires_grad)
+    return found
+
+
+def base_name(trainer) -> str:
+    return str(getattr(getattr(unwrapped(trainer), "config", None), "_name_or_path", "") or "")
+
+
+def running(trainer) -> dict[str, float]:
+    return {f.name: float(getattr(trainer.running, f.name)) for f in fields(trainer.running) if f.name != "accelerator"}
+
+
+def counters(trainer) -> dict[str, int]:
+    return {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)}
+
+
+def random_state(trainer) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """(tensors by "<process>.<name>", JSON values per process); all processes take part."""
+    tensors, values = ckpt.rng_state()
+    generator = getattr(getattr(trainer.dataloader, "_sampler", None), "generator", None)
+    if generator is not None:
+        tensors["sampler"] = generator.get_state()
+    if trainer.accelerator.num_processes == 1:
+        return {f"0.{name}": tensor for name, tensor in tensors.items()}, [values]
+    from accelerate.utils import gather_object
+
+    mine = {name: (str(t.dtype).removeprefix("torch."), t.tolist()) for name, t in tensors.items()}
+    everyone = gather_object([(mine, values)])
+    gathered = {
+        f"{rank}.{name}": torch.tensor(numbers, dtype=getattr(torch, dtype))
+        for rank, (theirs, _) in enumerate(everyone)
+        for name, (dtype, numbers) in theirs.items()
+    }
+    return gathered, [values for _, values in everyone]
+
+
+def type_name(optimizer) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def config_values(trainer) -> dict[str, Any]:
+    """The configuration as JSON; what JSON has no word for is left out."""
+    kept = {}
+    for name, value in trainer.config.__dict__.items():
+        try:
+            kept[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            continue
+    return kept
