@@ -114,6 +114,7 @@ class PPOConfig:
     max_mismatch: float = 0.02  # nats, mean |rollout - training log-prob| above which "auto" recomputes
     mixed_precision: str | None = None  # PRECISIONS; None: what accelerate is configured for. Master weights stay fp32
     on_nonfinite: str = "stop"  # ON_NONFINITE: what a NaN or infinite score, loss or gradient does to the step
+    deterministic: bool = False  # same bits whatever the batching, ratio exactly 1 before the first update; slower
     generation: dict[str, Any] = field(default_factory=dict)  # options of fastppo.Generator (block_size, ...)
 
     def __post_init__(self):
@@ -161,6 +162,9 @@ class PPOConfig:
             self._check(name, "at least 0", lambda x: x >= 0)
         for name in ("max_grad_norm", "score_clip", "max_tokens_per_micro_batch"):
             self._check(name, "None or above 0", lambda x: x is None or x > 0)
+        if self.deterministic and (self.old_logprobs == "rollout" or not self.packed):
+            given = "old_logprobs='rollout'" if self.packed else "packed=False"
+            raise ValueError(f"PPOConfig: deterministic=True does not go with {given}; leave it at its default")
         if self.adap_kl_ctrl:
             for name in ("target", "horizon"):
                 self._check(name, "above 0 when adap_kl_ctrl is True", lambda x: x is not None and x > 0)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastppo import determinism
 from fastppo.data import Experience
 from fastppo.kernels.linear_logprob import Head
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
@@ -82,7 +83,7 @@ class PackedLearner:
         return [self._stats(rows, result) for rows, result in zip(group, results, strict=True)]
 
     def _minibatch(self, rows: list[int], minibatches: int, backward: bool) -> Result:
-        budget = self.trainer.config.max_tokens_per_micro_batch
+        budget = determinism.token_budget(self.trainer.config)
         count = max(1, int(self.sequences.mask_BT[rows].sum()))
         parts = []
         for micro in plan(self.sequences.lengths, rows, budget):

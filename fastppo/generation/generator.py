@@ -38,6 +38,7 @@ class Generator:
     decode step on a CPU reads; None keeps the model's dtype.   num_blocks / kv_cache_bytes: size of the KV cache; None takes what the call can
     use, at most half of the free memory.   share_prefixes: equal beginnings of prompts are computed once.   cuda_graphs: replay decode steps
     on a GPU as CUDA graphs (where a capture fails, that is logged once); False launches each operation.
+    batch_invariant: bitwise the same numbers whatever these sizes are: without a traced program, one sequence at a time.
     A model outside transformers' attention interface, and an argument that needs it (beams, assisted generation), goes
     to `model.generate`; that is logged once.
     """
@@ -55,6 +56,7 @@ class Generator:
         kv_cache_bytes: int | None = None,
         share_prefixes: bool = True,
         cuda_graphs: bool = True,
+        batch_invariant: bool = False,
     ):
         sizes = {"block_size": block_size, "max_num_seqs": max_num_seqs, "num_blocks": num_blocks}
         sizes |= {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_bytes": kv_cache_bytes}
@@ -62,7 +64,8 @@ class Generator:
             if x is not None and (not isinstance(x, int) or x < 1):
                 raise ValueError(f"Generator: {name} must be a positive int; got {x!r}")
         self.model, self.tokenizer = model, tokenizer
-        self.block_size, self.share_prefixes = block_size, share_prefixes
+        self.block_size, self.share_prefixes = block_size, share_prefixes and not batch_invariant
+        self.batch_invariant = batch_invariant
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.num_blocks, self.kv_cache_bytes = num_blocks, kv_cache_bytes
         if decode_weights not in (None, torch.bfloat16):
@@ -131,8 +134,13 @@ class Generator:
         runner = ModelRunner(
             model, getattr(self.model, "v_head", None), self._layers, self.block_manager.num_blocks, self.block_size
         )
+        runner.program = program_for(runner, self.decode_weights)
         budget = self.max_num_batched_tokens or (1024 if runner.device.type == "cpu" else 8192)
-        scheduler = Scheduler(self.block_manager, self.max_num_seqs, budget)
+        most = self.max_num_seqs
+        if self.batch_invariant and runner.program is None:
+            # the program computes each row by itself, in one order; torch's products depend on how many there are
+            most, budget = 1, sum(len(prompt) for prompt in prompts)
+        scheduler = Scheduler(self.block_manager, most, budget)
         record = Record(len(prompts), params.pad)
         sampler, stopping = Sampler(params, model, runner.device), Stopping(params, runner.device)
         loop = Loop(scheduler, runner, sampler, stopping, record)
@@ -141,7 +149,6 @@ class Generator:
         try:
             for group in groups:
                 scheduler.add(group)
-            runner.program = program_for(runner, self.decode_weights)
             if runner.program is None and self.graphs is not None and sampler.is_plain:
                 runner.use_graphs(self.graphs, sampler.options, stopping.eos)
             while not scheduler.is_finished:

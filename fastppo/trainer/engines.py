@@ -25,7 +25,8 @@ class Engines:
         """(Engine, dtype) of the trainer's policy or reference; None where its own modules must run."""
         accelerator = self.trainer.accelerator
         dtype = DTYPES.get(accelerator.mixed_precision)
-        if dtype is None or self.trainer.current_device.type != "cpu":
+        # deterministic: its scoring pass and its training pass round differently
+        if dtype is None or self.trainer.current_device.type != "cpu" or self.trainer.config.deterministic:
             return None
         if id(model) not in self._made:
             whole = accelerator.unwrap_model(model)

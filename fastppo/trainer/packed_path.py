@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fastppo import flops, packed, update
+from fastppo import determinism, flops, packed, update
 from fastppo.data import Experience
 from fastppo.kernels.kl_reward import kl_reward
 from fastppo.metrics import Clock
@@ -72,11 +72,13 @@ class PackedPath:
         return self._engines.reference_model, self.reference_head, t.optional_peft_ctx
 
     def _budget(self) -> int:
-        return self.trainer.config.max_tokens_per_micro_batch or FORWARD_TOKENS
+        return determinism.token_budget(self.trainer.config) or FORWARD_TOKENS
 
     def _score(self, acting, with_values: bool):
         model, head, context = acting
         with context():
+            if self.trainer.config.deterministic:
+                return determinism.score_tokens(model, head, self._sequences, with_values)
             engine = self._engines.of(model)
             return packed.score_tokens(model, head, self._sequences, self._budget(), with_values, engine)
 
@@ -86,6 +88,7 @@ class PackedPath:
     def _old(self, taken):
         """(logprobs, values, from_rollout): the rollout's where allowed, else from a pass, which measures the mismatch."""
         allowed = {"rollout": True, "recompute": False, "auto": self._trust_rollout}[self.trainer.config.old_logprobs]
+        allowed = allowed and not self.trainer.config.deterministic
         if taken is not None:
             logprobs, values = (self._scatter([row[i] for row in taken]) for i in (0, 1))
             if allowed:

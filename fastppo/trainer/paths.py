@@ -25,6 +25,8 @@ def choose_path(trainer, default_collator: bool):
         why = next((head for head in heads if isinstance(head, str)), None)
     if why is None:
         return PackedPath(trainer, heads[0], heads[-1])
+    if trainer.config.deterministic:
+        raise ValueError(f"PPOConfig: deterministic=True needs packed sequences, which can't be had here: {why}")
     if trainer.config.packed:
         logger.warning("step() runs padded batches: %s", why)
     return PaddedPath(trainer)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
-from fastppo import experience, metrics, update
+from fastppo import determinism, experience, metrics, update
 from fastppo.core import PPODecorators, convert_to_scalar, set_seed, stack_dicts, stats_to_np
 from fastppo.score import NonFinite, check_finite, restore, shape_scores, snapshot
 from fastppo.trainer import checks, responses, setup, tracking
@@ -122,7 +122,7 @@ class PPOTrainer(BaseTrainer):
         from fastppo.generation import Generator
 
         if id(model) not in self._generators:
-            options = self.config.generation
+            options = determinism.generator_options(self.config)
             self._generators[id(model)] = Generator(self.accelerator.unwrap_model(model), self.tokenizer, **options)
         return self._generators[id(model)]
 
@@ -152,7 +152,7 @@ class PPOTrainer(BaseTrainer):
             restore(self.running, moments)
             return self._abandon(str(error))
         self._push_if_best(scores_B)
-        with clock.stage("optimize_step"):
+        with clock.stage("optimize_step"), determinism.algorithms(self.config):
             batch, train_stats = self._path.optimise(batch)
         with clock.stage("calc_stats"):
             stats = self._statistics(batch, train_stats)

@@ -1,0 +1,74 @@
+"""PPOConfig.deterministic: the same seed gives bitwise the same run, whatever the micro-batch budget and the rollout's batching.
+
+A matrix product's rounding follows from its shape: in MKL a row times a matrix differs in the last bits from the same row
+among others. So nothing is batched here whose numbers matter later:
+- a rollout runs on the C++ decode program, which computes each row by itself and in one order; a model that it does not
+  know is decoded one sequence at a time. Each sequence draws from a generator of its own, by its index and position;
+- old and reference log-probs and values come from one pass per sequence, through the very products and the head that the
+  training pass uses, and the sampler's own are left: on a CPU new - old is 0 and the ratio before the first update is 1, exactly;
+- gradients are added up sequence by sequence, in the order of the mini-batch.
+The number of threads must stay what it is: sums over threads are part of the rounding.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastppo import attention
+from fastppo.kernels.linear_logprob import Head
+from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
+from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
+from fastppo.packed import Sequences, head_for, hidden_states, pack, value_head
+
+# tokens of a micro-batch: below any sequence's, so that each is one of its own
+ONE_SEQUENCE = 1
+
+
+def generator_options(config) -> dict[str, Any]:
+    return config.generation | {"batch_invariant": True} if config.deterministic else config.generation
+
+
+def token_budget(config) -> int | None:
+    return ONE_SEQUENCE if config.deterministic else config.max_tokens_per_micro_batch
+
+
+@contextlib.contextmanager
+def algorithms(config) -> Iterator[None]:
+    """torch's deterministic algorithms inside the block; an operation that has none raises RuntimeError there."""
+    if not config.deterministic:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # it finds bugs, at the price of writing all memory twice
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@torch.no_grad()
+def score_tokens(model, head: Head, batch: Sequences, with_values: bool):
+    """packed.score_tokens with the numbers of the training pass: [B, T] log-probs and values (None), 0 where none counts."""
+    logprobs = torch.zeros(batch.shape, device=batch.mask_BT.device)
+    values = torch.zeros_like(logprobs) if with_values else None
+    with attention.install(model):
+        for row in range(len(batch.tokens)):
+            packed = pack(batch, [row], only_counting=True)
+            if len(packed.flat_R) == 0:
+                continue
+            hidden_RD = hidden_states(model, packed)
+            zeros_R = torch.zeros(len(packed.flat_R), device=logprobs.device)
+            values_R = value_head(model, hidden_RD) if with_values else zeros_R
+            inputs = hidden_RD, values_R, head_for(head, hidden_RD), packed.targets_R
+            output = linear_ppo_loss(*inputs, PPOBatch(*[zeros_R] * 4), PPOLossOptions(), normalizer=1.0)
+            logprobs.view(-1)[packed.flat_R] = output.logprob_N
+            if with_values:
+                values.view(-1)[packed.flat_R] = values_R
+    return logprobs, values

@@ -1,0 +1,94 @@
+"""PPOConfig.deterministic: bitwise the same run for any micro-batch budget, any batching of the rollout, any process."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import golden_cases
+import numpy as np
+import pytest
+import torch
+
+import fastppo
+from fastppo import PPOConfig
+
+HERE = Path(__file__).parent
+SAMPLE = {"do_sample": True, "top_k": 0.0, "top_p": 1.0, "min_length": -1, "pad_token_id": 0}
+CONFIG = {"batch_size": 8, "mini_batch_size": 4, "deterministic": True, "learning_rate": 1e-2}
+
+
+def run(model: str = "llama", steps: int = 2, case: dict | None = None, **config) -> tuple[str, list, list]:
+    """(SHA-256 of the weights, responses, statistics) of a run with prompts and responses of many lengths."""
+    made = golden_cases.trainer(fastppo, {"model": model, **(case or {})}, **CONFIG | config)
+    responses, stats = [], []
+    for step in range(steps):
+        queries = [torch.arange(3, 5 + (i * 3 + step) % 7) for i in range(8)]
+        drawn = made.generate(
+            queries, return_prompt=False, batch_size=1, max_new_tokens=[4 + 2 * i for i in range(8)], **SAMPLE
+        )
+        stats.append(made.step(queries, drawn, [r.float().mean() / 50 for r in drawn]))
+        responses += [r.tolist() for r in drawn]
+    digest = hashlib.sha256()
+    for parameter in made.model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest(), responses, stats
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "cohere"])  # cohere: not in the decode program
+def test_budget_and_batching_of_the_rollout_change_no_bit(model):
+    wanted = run(model)
+    for config in (
+        {"max_tokens_per_micro_batch": 1000},
+        {"max_tokens_per_micro_batch": 16, "generation": {"max_num_seqs": 3, "num_blocks": 40}},
+        {"generation": {"max_num_batched_tokens": 5, "share_prefixes": True}},
+    ):
+        assert run(model, **config)[:2] == wanted[:2], config
+
+
+def test_without_it_the_budget_does_change_bits():
+    """Else the test above shows nothing."""
+    off = {"deterministic": False, "old_logprobs": "recompute"}
+    assert len({run(max_tokens_per_micro_batch=budget, **off)[0] for budget in (1, 24, 1000)}) > 1
+
+
+@pytest.mark.parametrize("case", [{}, {"lora": True}, {"masks": True}])
+def test_the_ratio_before_the_first_update_is_exactly_one(case):
+    made = golden_cases.trainer(fastppo, case, **CONFIG | {"mini_batch_size": 8, "ppo_epochs": 1})
+    queries, responses, scores, masks = next(golden_cases.batches(case | {"config": CONFIG}, 1))
+    stats = made.step(queries, responses, scores, masks)
+    assert (stats["ppo/policy/ratio"] == 1.0).all() and len(np.atleast_1d(stats["ppo/policy/ratio"])) > 1
+    assert stats["ppo/policy/approxkl"] == 0.0 and stats["ppo/policy/clipfrac"] == 0.0
+    sampled = made.generate(queries, return_prompt=False, max_new_tokens=6, **SAMPLE)
+    stats = made.step(queries, sampled, scores)
+    assert (stats["ppo/policy/ratio"] == 1.0).all(), "sampled here, after an update"
+
+
+def test_two_processes_give_the_same_bits():
+    code = "import test_deterministic as t; print(t.run()[0])"
+    digests = set()
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "PYTHONHASHSEED": hash_seed}
+        environment |= {"OMP_NUM_THREADS": "1", "PADDING": "x" * 3001 * int(hash_seed)}
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        digests.add(ran.stdout.split()[-1])
+    assert len(digests) == 1
+
+
+def test_torchs_own_switch_is_put_back():
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    run(steps=1)
+    assert before == (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+
+
+@pytest.mark.parametrize("given", [{"old_logprobs": "rollout"}, {"packed": False}])
+def test_what_it_cannot_keep_is_refused(given):
+    with pytest.raises(ValueError, match=f"deterministic=True does not go with {next(iter(given))}"):
+        PPOConfig(deterministic=True, **given)
+
+
+def test_models_that_cannot_be_packed_are_refused():
+    with pytest.raises(ValueError, match="deterministic=True needs packed sequences.*"):
+        golden_cases.trainer(fastppo, {"model": "t5"}, deterministic=True)
