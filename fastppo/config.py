@@ -108,6 +108,7 @@ class PPOConfig:
     dataset_num_proc: int | None = None
 
     # --- fastppo only
+    ddp_timeout: float = 1800.0  # seconds that a process waits for the others before it raises
     packed: bool = True  # run sequences without padding where the model can; False: TRL's padded batches
     max_tokens_per_micro_batch: int | None = None  # packed tokens per forward; None: a mini-batch at once
     old_logprobs: str = "auto"  # OLD_LOGPROBS; "auto": the rollout's where it is ours and agrees, else recomputed
@@ -160,7 +161,7 @@ class PPOConfig:
             self._check(name, "between 0 and 1", lambda x: 0 <= x <= 1)
         for name in ("learning_rate", "cliprange", "cliprange_value", "vf_coef", "target_kl", "max_mismatch"):
             self._check(name, "at least 0", lambda x: x >= 0)
-        for name in ("max_grad_norm", "score_clip", "max_tokens_per_micro_batch"):
+        for name in ("max_grad_norm", "score_clip", "max_tokens_per_micro_batch", "ddp_timeout"):
             self._check(name, "None or above 0", lambda x: x is None or x > 0)
         if self.deterministic and (self.old_logprobs == "rollout" or not self.packed):
             given = "old_logprobs='rollout'" if self.packed else "packed=False"

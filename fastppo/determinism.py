@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from fastppo import attention
-from fastppo.kernels.linear_logprob import Head
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
 from fastppo.packed import Sequences, head_for, hidden_states, pack, value_head
@@ -54,7 +53,7 @@ def algorithms(config) -> Iterator[None]:
 
 
 @torch.no_grad()
-def score_tokens(model, head: Head, batch: Sequences, with_values: bool):
+def score_tokens(model, batch: Sequences, with_values: bool):
     """packed.score_tokens with the numbers of the training pass: [B, T] log-probs and values (None), 0 where none counts."""
     logprobs = torch.zeros(batch.shape, device=batch.mask_BT.device)
     values = torch.zeros_like(logprobs) if with_values else None
@@ -66,7 +65,7 @@ def score_tokens(model, head: Head, batch: Sequences, with_values: bool):
             hidden_RD = hidden_states(model, packed)
             zeros_R = torch.zeros(len(packed.flat_R), device=logprobs.device)
             values_R = value_head(model, hidden_RD) if with_values else zeros_R
-            inputs = hidden_RD, values_R, head_for(head, hidden_RD), packed.targets_R
+            inputs = hidden_RD, values_R, head_for(model, hidden_RD), packed.targets_R
             output = linear_ppo_loss(*inputs, PPOBatch(*[zeros_R] * 4), PPOLossOptions(), normalizer=1.0)
             logprobs.view(-1)[packed.flat_R] = output.logprob_N
             if with_values:

@@ -115,14 +115,29 @@ def kl_penalty(logprobs, ref_logprobs, kind: str) -> torch.Tensor:
     return kl_reward(*flat, everywhere, flat[0].new_zeros(1), kl_coef=0.0, kind=kind).kl_BT.reshape(logprobs.shape)
 
 
-def advantages_and_returns(values_BT, rewards_BT, mask_BT, *, gamma: float, lam: float, whiten_rewards: bool):
+def whiten_over_processes(values_BT, mask_BT, total: Callable | None, shift_mean: bool = True) -> torch.Tensor:
+    """core.masked_whiten; total: sums a tensor over processes, so that mean and variance are those of all of them."""
+    if total is None:
+        return masked_whiten(values_BT, mask_BT, shift_mean)
+    mask_BT = mask_BT.to(values_BT.dtype)
+    values_sum, count = total(torch.stack([(values_BT * mask_BT).sum(), mask_BT.sum()]))
+    mean = values_sum / count
+    squares = total((((values_BT - mean) ** 2) * mask_BT).sum())
+    whitened_BT = (values_BT - mean) * torch.rsqrt(squares / (count - 1) + 1e-8)
+    return whitened_BT if shift_mean else whitened_BT + mean
+
+
+def advantages_and_returns(
+    values_BT, rewards_BT, mask_BT, *, gamma: float, lam: float, whiten_rewards: bool, total: Callable | None = None
+):
     """(values, advantages, returns), [B, T] each: values zeroed outside the mask, advantages whitened over it.
 
     whiten_rewards: rewards are divided by their standard deviation over the mask first, their mean is kept.
+    total: sums a tensor over processes; whitening is then over the tokens of all of them.
     """
     values_BT = values_BT * mask_BT
     rewards_BT = rewards_BT * mask_BT
     if whiten_rewards:
-        rewards_BT = masked_whiten(rewards_BT, mask_BT, shift_mean=False)
+        rewards_BT = whiten_over_processes(rewards_BT, mask_BT, total, shift_mean=False)
     result = gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam, masked="zero")
-    return values_BT, masked_whiten(result.advantages_BT, mask_BT), result.returns_BT
+    return values_BT, whiten_over_processes(result.advantages_BT, mask_BT, total), result.returns_BT

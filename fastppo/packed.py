@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 
 from fastppo import attention
+from fastppo.distributed import bare
 from fastppo.kernels.kl_reward import full_kl
 from fastppo.kernels.linear_logprob import Head, head_logits, linear_logprob
+from fastppo.models.head import output_head
 
 # positions whose full-vocabulary distributions exist at a time, for kl_penalty="full"
 FULL_KL_ROWS = 256
@@ -108,8 +110,12 @@ def value_head(model, hidden_RD: torch.Tensor) -> torch.Tensor:
     return model.v_head(hidden_RD)[:, 0].float()
 
 
-def head_for(head: Head, hidden: torch.Tensor) -> Head:
-    """The head in the dtype of the hidden states (autocast computes in 16 bits, the master weights stay float32)."""
+def head_for(model, hidden: torch.Tensor) -> Head:
+    """The model's head in the dtype of the hidden states (autocast computes in 16 bits, master weights stay float32).
+
+    Read anew for every pass: FSDP2 swaps a module's parameters for whole ones and back.
+    """
+    head = output_head(bare(model))
     bias = None if head.bias_V is None else head.bias_V.to(hidden.dtype)
     return head._replace(weight_VD=head.weight_VD.to(hidden.dtype), bias_V=bias)
 
@@ -120,7 +126,7 @@ def packs(batch: Sequences, budget: int | None) -> Iterator[Pack]:
 
 
 @torch.no_grad()
-def score_tokens(model, head: Head, batch: Sequences, budget: int | None, with_values: bool, engine=None):
+def score_tokens(model, batch: Sequences, budget: int | None, with_values: bool, engine=None):
     """(logprobs_BT, values_BT or None): float32, 0 where there is no response token. engine: (Engine, dtype) or None."""
     logprobs = torch.zeros(batch.shape, device=batch.mask_BT.device)
     values = torch.zeros_like(logprobs) if with_values else None
@@ -130,7 +136,7 @@ def score_tokens(model, head: Head, batch: Sequences, budget: int | None, with_v
                 logprob_R, values_R = engine[0].score(packed, engine[1], with_values)
             else:
                 hidden_RD = hidden_states(model, packed)
-                logprob_R = linear_logprob(hidden_RD, head_for(head, hidden_RD), packed.targets_R).logprob_N
+                logprob_R = linear_logprob(hidden_RD, head_for(model, hidden_RD), packed.targets_R).logprob_N
                 values_R = value_head(model, hidden_RD) if with_values else None
             logprobs.view(-1)[packed.flat_R] = logprob_R.float()
             if with_values:
@@ -142,15 +148,15 @@ def score_tokens(model, head: Head, batch: Sequences, budget: int | None, with_v
 def full_kl_tokens(policy, reference, batch: Sequences, budget: int | None) -> torch.Tensor:
     """KL(policy || reference) over the whole vocabulary at every response token, [B, T]; few logits at a time.
 
-    policy, reference: (model, head, context manager factory that makes the model act as that one).
+    policy, reference: (model, context manager factory that makes the model act as that one).
     """
     kl_BT = torch.zeros(batch.shape, device=batch.mask_BT.device)
     for packed in packs(batch, budget):
         hidden, heads = [], []
-        for model, head, acting in (policy, reference):
+        for model, acting in (policy, reference):
             with acting(), attention.install(model):
                 hidden.append(hidden_states(model, packed))
-                heads.append(head_for(head, hidden[-1]))
+                heads.append(head_for(model, hidden[-1]))
         for start in range(0, len(packed.flat_R), FULL_KL_ROWS):
             rows = slice(start, start + FULL_KL_ROWS)
             logits = [head_logits(h[rows], head).float() for h, head in zip(hidden, heads, strict=True)]

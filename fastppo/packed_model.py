@@ -13,24 +13,11 @@ from torch import nn
 
 from fastppo import attention
 from fastppo.activations import fused_gelu
+from fastppo.distributed import forward_as
 from fastppo.models.head import backbone
 from fastppo.packing import PackedBatch
 
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def forward_as(module: nn.Module, function: Callable) -> Iterator[None]:
-    """`module.forward` is `function` inside the block, so that DDP's and FSDP's hooks around forward still run."""
-    before = module.__dict__.get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 class PackedModel:

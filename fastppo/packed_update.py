@@ -6,16 +6,16 @@ Suffixes: B sequences, T predicted positions, R response tokens of a pack.
 """
 
 import logging
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from fastppo import determinism
+from fastppo import determinism, distributed
 from fastppo.data import Experience
-from fastppo.kernels.linear_logprob import Head
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOStats
-from fastppo.packed import Sequences, head_for, hidden_states, pack, plan, value_head
+from fastppo.packed import Pack, Sequences, head_for, hidden_states, pack, plan, value_head
 from fastppo.update import apply_step, loss_options, minibatch_stats, warn_ratio
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,13 @@ def mismatch(log_ratio_R: torch.Tensor) -> Mismatch:
 class PackedLearner:
     """learn(group) for update.optimise, over one Experience."""
 
-    def __init__(self, trainer, head: Head, sequences: Sequences, experience: Experience, tolerance: float | None):
+    def __init__(self, trainer, sequences: Sequences, experience: Experience, tolerance: float | None):
         """tolerance: largest mean mismatch of rollout log-probs; past it the first learn() raises RolloutMismatch."""
-        self.trainer, self.head, self.sequences, self.experience = trainer, head, sequences, experience
+        self.trainer, self.sequences, self.experience = trainer, sequences, experience
         self.engine = None  # an Engine that was started; None: the model's own modules and autograd
+        # sharded parameters are gathered by hooks around the model's forward, so that all processes run as many passes
+        self.kind = distributed.kind(trainer.accelerator)
+        self.hooked = self.kind not in ("single", "ddp")
         self.tolerance = tolerance
         self.mismatch: Mismatch | None = None
 
@@ -63,13 +66,23 @@ class PackedLearner:
         dropped: set[int] = set()
         if self.engine is not None:
             self.engine.refresh()
+        micros = [self._packs(rows) for rows in group]
+        tokens = [int(self.sequences.mask_BT[rows].sum()) for rows in group]
+        shares = distributed.shares(self.trainer.accelerator, tokens, [len(packs) for packs in micros])
         while True:
             try:
-                results = [self._minibatch(rows, len(group), i not in dropped) for i, rows in enumerate(group)]
+                results = [
+                    self._minibatch(*x, i not in dropped) for i, x in enumerate(zip(micros, shares, strict=True))
+                ]
             except torch.OutOfMemoryError:
+                if self.hooked:
+                    raise
                 self._forget()
                 self._halve_budget(group)
+                micros = [self._packs(rows) for rows in group]
                 continue
+            sums = distributed.share_stats(self.trainer.accelerator, [result.sums for result in results])
+            results = [result._replace(sums=shared) for result, shared in zip(results, sums, strict=True)]
             ratios = [result.sums.means()["ratio"] for result in results]
             over = {i for i, ratio in enumerate(ratios) if ratio > self.trainer.config.ratio_threshold} - dropped
             if not over:
@@ -82,15 +95,18 @@ class PackedLearner:
         self._step(group, results)
         return [self._stats(rows, result) for rows, result in zip(group, results, strict=True)]
 
-    def _minibatch(self, rows: list[int], minibatches: int, backward: bool) -> Result:
-        budget = determinism.token_budget(self.trainer.config)
-        count = max(1, int(self.sequences.mask_BT[rows].sum()))
+    def _packs(self, rows: list[int]) -> list[Pack]:
+        """The micro-batches of a mini-batch; those without a token that counts are left out."""
+        micros = plan(self.sequences.lengths, rows, determinism.token_budget(self.trainer.config)) if rows else []
+        packs = [pack(self.sequences, micro, only_counting=True) for micro in micros]
+        return [packed for packed in packs if len(packed.flat_R)]
+
+    def _minibatch(self, packs: list[Pack], share: distributed.Share, backward: bool) -> Result:
         parts = []
-        for micro in plan(self.sequences.lengths, rows, budget):
-            packed = pack(self.sequences, micro, only_counting=True)
-            if len(packed.flat_R) == 0:
-                continue
-            parts.append((self._microbatch if self.engine is None else self._fused)(packed, count, backward))
+        for packed in packs:
+            parts.append((self._microbatch if self.engine is None else self._fused)(packed, share.normalizer, backward))
+        for _ in range(share.passes - len(packs) if self.hooked else 0):
+            self._microbatch(self._idle(), share.normalizer, backward, weight=0.0)
         if not parts:
             empty = torch.empty(0, device=self.sequences.mask_BT.device)
             return Result(PPOStats((torch.zeros(len(STATS)),)), empty.long(), empty)
@@ -100,35 +116,46 @@ class PackedLearner:
             torch.cat([part.log_ratio_R for part in parts]),
         )
 
-    def _microbatch(self, packed, count: int, backward: bool) -> Result:
-        model, data = self.trainer.model, self._data(packed)
+    def _idle(self) -> Pack:
+        """One sequence, for a pass that only keeps the other processes company."""
+        lengths, prompts = self.sequences.lengths, self.sequences.prompt_lengths
+        row = min((r for r, n in enumerate(lengths) if n > prompts[r]), key=lengths.__getitem__)
+        return pack(self.sequences, [row], only_counting=False)
+
+    def _microbatch(self, packed: Pack, count: float, backward: bool, weight: float = 1.0) -> Result:
         with torch.set_grad_enabled(backward):
-            with self.trainer.accelerator.autocast():
-                hidden_RD = hidden_states(model, packed)
-                values_R = value_head(model, hidden_RD)
-                head = head_for(self.head, hidden_RD)
-            output = linear_ppo_loss(
-                hidden_RD,
-                values_R,
-                head,
-                packed.targets_R,
-                data,
-                loss_options(self.trainer.config),
-                normalizer=float(count),
-            )
+            run = partial(self._forward, packed, count)
+            loss, result = distributed.forward(self.trainer.model, run) if self.hooked else run()
         if backward:
             # accelerate divides by gradient_accumulation_steps; a shorter group (never, by config) would not fit
-            self.trainer.accelerator.backward(output.loss)
-        return Result(output.stats, packed.flat_R, output.logprob_N - data.old_logprobs_N)
+            self.trainer.accelerator.backward(loss * weight if weight != 1.0 else loss)
+        return result
 
-    def _fused(self, packed, count: int, backward: bool) -> Result:
+    def _forward(self, packed: Pack, count: float) -> tuple[torch.Tensor, Result]:
+        model, data = self.trainer.model, self._data(packed)
+        with self.trainer.accelerator.autocast():
+            hidden_RD = hidden_states(model, packed)
+            values_R = value_head(model, hidden_RD)
+            head = head_for(model, hidden_RD)
+        output = linear_ppo_loss(
+            hidden_RD,
+            values_R,
+            head,
+            packed.targets_R,
+            data,
+            loss_options(self.trainer.config),
+            normalizer=count,
+        )
+        return output.loss, Result(output.stats, packed.flat_R, output.logprob_N - data.old_logprobs_N)
+
+    def _fused(self, packed: Pack, count: float, backward: bool) -> Result:
         """_microbatch on the engine."""
         config, data = self.trainer.config, self._data(packed)
         normalizer = float(count * config.gradient_accumulation_steps)
         output = self.engine.learn(packed, data, loss_options(config), normalizer, backward)
         return Result(output.stats, packed.flat_R, output.logprob_R - data.old_logprobs_N)
 
-    def _data(self, packed) -> PPOBatch:
+    def _data(self, packed: Pack) -> PPOBatch:
         """What the loss compares with, at the pack's response tokens."""
         batch = self.experience
         old = (batch.logprobs_BT, batch.values_BT, batch.advantages_BT, batch.returns_BT)
@@ -147,9 +174,11 @@ class PackedLearner:
         if self.mismatch is not None:
             return
         self.mismatch = mismatch(torch.cat([result.log_ratio_R for result in results]))
-        if self.trainer.is_distributed:
-            mean = torch.tensor([self.mismatch.mean], device=self.trainer.current_device)
-            self.mismatch = self.mismatch._replace(mean=float(self.trainer.accelerator.gather(mean).mean()))
+        tokens = sum(len(result.log_ratio_R) for result in results)
+        found = distributed.table(self.trainer.accelerator, [tokens, *self.mismatch])
+        weights = found[:, 0] / found[:, 0].sum().clamp(min=1)
+        mean, outside = (found[:, [1, 3]] * weights[:, None]).sum(0).tolist()
+        self.mismatch = Mismatch(mean, float(found[:, 2].max()), outside)
         if self.tolerance is not None and not self.mismatch.mean <= self.tolerance:
             self._forget()
             raise RolloutMismatch(
@@ -162,22 +191,11 @@ class PackedLearner:
             if parameter.grad is None:
                 # every mini-batch dropped: TRL's step on zero gradients (Adam still moves by its momentum)
                 parameter.grad = torch.zeros_like(parameter)
-        self._reduce_gradients()
+        if self.kind == "ddp":  # the packed pass calls the module inside DDP, so that DDP's own hooks don't run
+            distributed.reduce_gradients(trainer.accelerator, trainer.model_params)
         if apply_step(trainer, (group, [r.sums.means() for r in results])):
             return
         self._forget()
-
-    def _reduce_gradients(self) -> None:
-        """Mean over processes. The packed pass calls the module inside DDP, so DDP's own hooks don't run."""
-        trainer = self.trainer
-        if trainer.accelerator.num_processes == 1:
-            return
-        flat = torch.nn.utils.parameters_to_vector([p.grad for p in trainer.model_params])
-        flat = trainer.accelerator.reduce(flat, reduction="mean")
-        start = 0
-        for parameter in trainer.model_params:
-            parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
 
     def _forget(self) -> None:
         """Drop the group's gradients."""

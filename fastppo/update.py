@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fastppo.distributed import full_tensor
 from fastppo.kernels.logprob import logprob
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss
 from fastppo.score import NonFinite
@@ -41,19 +42,29 @@ def loss_options(config) -> PPOLossOptions:
     return PPOLossOptions(config.cliprange, config.cliprange_value, config.vf_coef)
 
 
-def groups(config) -> Iterator[list[list[int]]]:
-    """One epoch: the rows in random order, in groups (one optimizer step) of mini-batches."""
+def groups(config, count: int | None = None) -> Iterator[list[list[int]]]:
+    """One epoch: the rows in random order, in groups (one optimizer step) of mini-batches.
+
+    count: rows there are, where a process has fewer than config.batch_size: some mini-batches are smaller, or empty.
+    """
     order = np.random.permutation(config.batch_size).tolist()
+    count = config.batch_size if count is None else count
     for start in range(0, config.batch_size, config.backward_batch_size):
         group = order[start : start + config.backward_batch_size]
-        yield [group[i : i + config.mini_batch_size] for i in range(0, len(group), config.mini_batch_size)]
+        parts = [group[i : i + config.mini_batch_size] for i in range(0, len(group), config.mini_batch_size)]
+        yield [[row for row in part if row < count] for part in parts]
 
 
-def optimise(config, learn: Callable[[list[list[int]]], list[dict]], early_stop: Callable[[float], bool]) -> list[dict]:
+def optimise(
+    config,
+    learn: Callable[[list[list[int]]], list[dict]],
+    early_stop: Callable[[float], bool],
+    count: int | None = None,
+) -> list[dict]:
     """Run the epochs; learn(group) makes one optimizer step and returns the statistics of its mini-batches."""
     stats = []
     for _ in range(config.ppo_epochs):
-        for group in groups(config):
+        for group in groups(config, count):
             stats += learn(group)
         if early_stop(float(stats[-1]["policy/policykl"])):
             break
@@ -70,9 +81,15 @@ def minibatch_stats(sums: PPOStats, config, advantages_BT, ratio_BT) -> dict[str
     return stats | {"policy/advantages": advantages_BT, "policy/ratio": ratio_BT.detach()}
 
 
-def padded_loss(config, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
-    """(policy loss, vf_coef * value loss, statistics); both losses are means over the mask and differentiable."""
-    options = loss_options(config)
+def padded_loss(
+    config, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns, normalizer=None, share=None
+):
+    """(policy loss, vf_coef * value loss, statistics); both losses are means over the mask and differentiable.
+
+    normalizer: what the sums over the mask are divided by; default its count.   share: PPOStats of this process to
+    those of all processes.
+    """
+    options, share = loss_options(config), share or (lambda stats: stats)
     mask = mask.bool()
     batch = PPOBatch(*(x.detach().float().contiguous() for x in (old_logprobs, values, advantages, returns)), mask)
     with torch.no_grad():
@@ -80,11 +97,15 @@ def padded_loss(config, old_logprobs, values, logits, vpreds, logprobs, mask, ad
         ratio = (logprobs - old_logprobs).exp()
     logprobs, vpreds = logprobs.float(), vpreds.float()
     frozen = logprobs.detach()
-    policy = ppo_loss(logprobs, vpreds.detach(), batch, replace(options, vf_coef=0.0), entropy_N=entropy)
+    policy = ppo_loss(
+        logprobs, vpreds.detach(), batch, replace(options, vf_coef=0.0), entropy_N=entropy, normalizer=normalizer
+    )
     # advantages of zero leave the value loss alone, so that callers can differentiate the two apart
-    value = ppo_loss(frozen, vpreds, batch._replace(advantages_N=torch.zeros_like(batch.advantages_N)), options)
-    stats = minibatch_stats(policy.stats, config, advantages, ratio)
-    mean_ratio = policy.stats.means()["ratio"]
+    no_advantages = batch._replace(advantages_N=torch.zeros_like(batch.advantages_N))
+    value = ppo_loss(frozen, vpreds, no_advantages, options, normalizer=normalizer)
+    shared = share(policy.stats)
+    stats = minibatch_stats(shared, config, advantages, ratio)
+    mean_ratio = shared.means()["ratio"]
     if not mean_ratio > config.ratio_threshold:
         return policy.loss, value.loss, stats
     warn_ratio(mean_ratio, config.ratio_threshold)
@@ -131,9 +152,13 @@ def _watched(group, norm: float):
 def clip(parameters, max_norm: float | None) -> float:
     """Scale gradients down to max_norm (None: don't); returns their norm before that."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = full_tensor(torch.nn.utils.get_total_norm(grads))
     if max_norm is not None and bool(torch.isfinite(norm)):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        if any(hasattr(grad, "full_tensor") for grad in grads):  # FSDP2: each holds its shard
+            for grad in grads:
+                grad.mul_(min(1.0, max_norm / (float(norm) + 1e-6)))
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 
 

@@ -1,24 +1,246 @@
-"""One process of test_distributed.py: two PPO steps on its half of the batches; prints what must be alike everywhere."""
+"""One process of test_distributed.py: runs the cases that it is given on its share of the rows and writes what it found.
+
+python distributed_worker.py FOLDER CASE[,CASE...] [fsdp2]        under torchrun, or alone for the single-process result
+Every case splits the same 8 (or 7) sequences of a step over the processes, so that mini-batches hold the same ones.
+"""
 
 import json
+import os
 import sys
+import time
 import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 import golden_cases
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
 import fastppo
 
-warnings.simplefilter("ignore")
-torch.set_num_threads(1)
-path, spoil = sys.argv[1:]
-options = {"accelerator_kwargs": {"cpu": True}, "on_nonfinite": "skip"}
-made = golden_cases.trainer(fastppo, {}, packed=path == "packed", **options)
-rank, count = made.accelerator.process_index, made.accelerator.num_processes
-for number, (queries, responses, scores, _) in enumerate(list(golden_cases.batches({}, 2 * count))[rank::count]):
-    if spoil == "nan" and rank == 1 and number == 1:
-        scores[0] = torch.tensor(float("nan"))
-    stats = made.step(queries, responses, scores)
-total = sum(float(p.detach().double().sum()) for p in made.model.parameters())
-result = {"rank": rank, "path": type(made._path).__name__, "parameters": total, "loss": stats.get("ppo/loss/total")}
-print("RESULT " + json.dumps(result), flush=True)
+GLOBAL, MINI = 8, 4  # sequences of a step and of a mini-batch over all processes
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_rows(mini: int) -> list[int]:
+    """This process's share of each mini-batch of `mini` sequences."""
+    share = mini // WORLD
+    return [start + RANK * share + i for start in range(0, GLOBAL, mini) for i in range(share)]
+
+
+@contextmanager
+def in_order():
+    """Rows are not shuffled: mini-batches of all processes together are those of one."""
+    real, np.random.permutation = np.random.permutation, np.arange
+    try:
+        yield
+    finally:
+        np.random.permutation = real
+
+
+def cpu_fsdp2() -> None:
+    """accelerate takes an FSDP configuration on accelerators only; here it takes it on the CPU."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    made = AcceleratorState.__init__
+
+    def __init__(self, *args, fsdp_plugin=None, **kwargs):
+        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type is DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = __init__
+    options = {"USE_FSDP": "true", "USE_CPU": "true"}
+    os.environ |= {f"ACCELERATE_{name}": value for name, value in options.items()}
+    options = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "RESHARD_AFTER_FORWARD": "true"}
+    options |= {"CPU_RAM_EFFICIENT_LOADING": "false", "STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    os.environ |= {f"FSDP_{name}": value for name, value in options.items()}
+
+
+def plain(stats: dict) -> dict:
+    kept = {k: v for k, v in stats.items() if not k.startswith(("time/", "fastppo/")) and np.ndim(v) == 0}
+    return {k: float(v) for k, v in kept.items()}
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    from fastppo.distributed import bare, full_tensor
+
+    named = bare(model).named_parameters()
+    return {name: full_tensor(p.detach()).clone() for name, p in named if p.requires_grad}
+
+
+# --- the classic trainer ----------------------------------------------------------------------------------------------
+
+CLASSIC = {
+    "plain": {},
+    "everything": {
+        "config": {
+            "whiten_rewards": True, "use_score_scaling": True, "use_score_norm": True, "max_grad_norm": 0.5,
+            "target": 0.1, "horizon": 20, "max_tokens_per_micro_batch": 24,
+        },
+        "masks": True,
+    },
+    "early_stopping": {"config": {"early_stopping": True, "target_kl": 0.01, "ppo_epochs": 8}},
+    "lora": {"lora": True},
+    "padded": {"config": {"packed": False, "whiten_rewards": True}},
+    "rollout": {},
+    "fewer": {},
+    "skipped": {"config": {"on_nonfinite": "skip"}},
+}  # fmt: skip
+
+
+def classic_trainer(case: dict, whole_batch: bool = False, **extra):
+    sizes = {"batch_size": GLOBAL // WORLD, "mini_batch_size": (GLOBAL if whole_batch else MINI) // WORLD}
+    config = case.get("config", {}) | sizes | {"learning_rate": 3e-4, "accelerator_kwargs": {"cpu": True}}
+    return golden_cases.trainer(fastppo, {**case, "config": config}, **extra)
+
+
+def classic_batches(case: dict, count: int = 2):
+    config = {"batch_size": GLOBAL}
+    yield from golden_cases.batches({**case, "config": config}, count)
+
+
+def classic(name: str) -> tuple[dict, list[dict]]:
+    case, fewer, whole_batch = CLASSIC[name], name == "fewer", name in ("fewer", "rollout")
+    extra = {"batch_size": GLOBAL - 1, "mini_batch_size": GLOBAL - 1} if fewer and WORLD == 1 else {}
+    made = classic_trainer(case, whole_batch, **extra)
+    steps = []
+    for number, batch in enumerate(classic_batches(case)):
+        if name == "skipped" and number == 1:
+            batch[2][GLOBAL - 1] = torch.tensor(float("nan"))  # on the last process only
+        rows = [row for row in own_rows(GLOBAL if whole_batch else MINI) if not (fewer and row == GLOBAL - 1)]
+        queries, responses, scores, masks = ([part[r] for r in rows] if part else None for part in batch)
+        if name == "rollout":
+            options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "pad_token_id": 0}
+            responses = made.generate(queries, batch_size=8, return_prompt=False, eos_token_id=-1, **options)
+        steps.append(plain(made.step(queries, responses, scores, masks)) | {"kl_coef": made.kl_ctl.value})
+        if name == "rollout":
+            (sampled,) = made.accelerator.reduce(torch.stack([torch.stack(responses).sum()]))
+            steps[-1]["sampled tokens"] = int(sampled)
+    steps.append({"optimizer steps": int(next(iter(made.optimizer.state.values()))["step"])})
+    moments = {"mean": float(made.running.mean), "std": float(made.running.std), "count": float(made.running.count)}
+    assert type(made._path).__name__ == ("PaddedPath" if name == "padded" else "PackedPath")
+    return weights(made.model), [*steps, moments]
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+
+
+def late(name: str, folder: Path) -> tuple[dict, list[dict]]:
+    """Three updates; "resume": two, then a new trainer goes on from the checkpoint; "late_fewer": rank 1 lacks a prompt."""
+    import test_experimental_ppo as late_cases
+
+    def made(**options):
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
+        options |= {"peft_config": lora} if name == "late_lora" else {}
+        torch.manual_seed(5)
+        reward = lambda prompts, completions: [c.split().count("cat") + len(c) / 40 for c in completions]  # noqa: E731
+        sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": GLOBAL // 2 // WORLD}
+        options |= sizes | {"total_episodes": 24, "learning_rate": 3e-4, "whiten_rewards": name == "late_whiten"}
+        options |= {"value": name == "late_value", "reward": reward, "kl_estimator": "k3"}
+        options |= {"response_length": 6, "stop_token": "eos", "num_ppo_epochs": 2, "logging_steps": 1}
+        return late_cases.trainer(folder / name, **options)
+
+    run = made(save_strategy="steps", save_steps=2) if name == "late_resume" else made()
+    if name == "late_fewer":
+        drop_last_prompt(run)
+    run.train()
+    if name == "late_resume":
+        run = made()
+        run.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
+    logs = [{k: v for k, v in line.items() if k not in ("eps", "epoch")} for line in run.state.log_history]
+    return weights(run._wrapper), logs
+
+
+def drop_last_prompt(run) -> None:
+    collate = run.data_collator
+
+    def fewer(rows):
+        batch = collate(rows)
+        keep = len(batch.prompts) - (RANK == WORLD - 1)
+        columns = {name: column[:keep] for name, column in batch.columns.items()}
+        return batch._replace(prompts=batch.prompts[:keep], columns=columns)
+
+    run.dataloader.collate_fn = fewer
+
+
+def supervised(name: str, folder: Path) -> tuple[dict, list[dict]]:
+    import test_reward
+    import test_sft
+    from sft_cases import rows
+
+    module, data = (test_sft, rows("text")) if name == "sft" else (test_reward, rows("pairs"))
+    torch.manual_seed(5)
+    options = {"per_device_train_batch_size": GLOBAL // WORLD, "max_steps": 3, "learning_rate": 3e-4}
+    run = module.trainer(folder / name, (data * GLOBAL)[: 2 * GLOBAL], **options)
+    run.train()
+    keep = ("loss", "grad_norm", "num_tokens", "entropy", "accuracy", "margin", "mean_token_accuracy")
+    logs = [{k: line[k] for k in keep if k in line} for line in run.state.log_history if "loss" in line]
+    return weights(run.model), logs
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def failing_reward(folder: Path) -> None:
+    import test_experimental_ppo as late_cases
+
+    def reward(prompts, completions):
+        if RANK == 1:
+            raise ValueError("no score for 'cat'")
+        return [0.0] * len(completions)
+
+    late_cases.trainer(folder, value=False, reward=reward, per_device_train_batch_size=2).train()
+
+
+def step_after(what) -> None:
+    """One step, then what() on process 1, then another."""
+    made = classic_trainer({"config": {"ddp_timeout": 5.0}})
+    for batch in classic_batches({}):
+        queries, responses, scores, _ = ([part[r] for r in own_rows(MINI)] if part else None for part in batch)
+        made.step(queries, responses, scores)
+        if RANK == 1:
+            what()
+
+
+FAILURES = {
+    "failing_reward": failing_reward,
+    "dying": lambda folder: step_after(lambda: os._exit(9)),
+    "late_process": lambda folder: step_after(lambda: time.sleep(12)),
+}
+
+
+def run_case(name: str, folder: Path) -> None:
+    if name in FAILURES:
+        FAILURES[name](folder)
+        return
+    if name in CLASSIC:
+        with in_order():
+            found, logs = classic(name)
+    elif name.startswith("late"):
+        found, logs = late(name, folder)
+    else:
+        found, logs = supervised(name, folder)
+    save_file(found, folder / f"{name}.{RANK}.safetensors")
+    (folder / f"{name}.{RANK}.json").write_text(json.dumps(logs))
+
+
+def main() -> None:
+    folder, names, *rest = sys.argv[1:]
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if rest == ["fsdp2"]:
+        cpu_fsdp2()
+    for name in names.split(","):
+        run_case(name, Path(folder))
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

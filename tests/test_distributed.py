@@ -1,43 +1,138 @@
-"""Two processes under torchrun (gloo, CPU): packed and padded steps agree, and a NaN on one rank is skipped on both."""
+"""Several processes (gloo, CPU) against one: losses, statistics, samples and weights; DDP and FSDP2; failures that end.
+
+Each launch runs many cases (distributed_worker.py) and has a hard time limit, so that a hang fails.
+"""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from functools import cache
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
+CLASSIC = ["plain", "everything", "early_stopping", "lora", "padded", "rollout", "fewer", "skipped"]
+LATE = ["late", "late_lora", "late_value", "late_whiten", "late_fewer", "late_resume"]
+SUPERVISED = ["sft", "reward"]
+FEW = ["everything", "fewer", "late_lora", "late_fewer"]
+# launch -> (processes, how parameters lie, cases)
+LAUNCHES = {
+    "one": (1, "", CLASSIC + LATE + SUPERVISED),
+    "ddp2": (2, "", CLASSIC + LATE + SUPERVISED),
+    "ddp4": (4, "", FEW),
+    "fsdp2": (2, "fsdp2", CLASSIC + LATE + SUPERVISED),
+    "fsdp4": (4, "fsdp2", FEW),
+}
+LIMIT_SECONDS = 120
 
 
-def launch(path: str, spoil: str) -> list[dict]:
+def environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun sets; processes that are started alone have nobody who ends them when another fails."""
+    own = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    if processes > 1:
+        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        own |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return os.environ | own
+
+
+def start(processes: int, *arguments: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "ACCELERATE_USE_CPU": "1"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(HERE / "distributed_worker.py"), path, spoil],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(part.split("\n")[0]) for part in done.stdout.split("RESULT ")[1:]]
-    assert [x["rank"] for x in sorted(found, key=lambda x: x["rank"])] == [0, 1]
+    command = [sys.executable, str(HERE / "distributed_worker.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen(command, env=environment(r, processes, port), **pipes) for r in range(processes)]
+
+
+def ends(started: list[subprocess.Popen], seconds: float) -> list[tuple[int, str]]:
+    """(exit status, output) of each; the test fails when one runs longer than `seconds`."""
+    limit, found = time.monotonic() + seconds, []
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=max(limit - time.monotonic(), 0.1))
+            found.append((process.returncode, output))
+    finally:
+        for process in started:
+            process.kill()
     return found
 
 
-def test_packed_and_padded_steps_agree_over_two_processes():
-    packed, padded = launch("packed", ""), launch("padded", "")
-    assert {x["path"] for x in packed} == {"PackedPath"} and {x["path"] for x in padded} == {"PaddedPath"}
-    for name in ("parameters", "loss"):
-        values = [x[name] for x in packed + padded]
-        assert values == pytest.approx([values[0]] * 4, rel=1e-4), name
+@cache
+def results(launch: str, folder: Path) -> Path:
+    processes, kind, cases = LAUNCHES[launch]
+    path = folder / launch
+    path.mkdir()
+    for status, output in ends(start(processes, str(path), ",".join(cases), *filter(None, [kind])), LIMIT_SECONDS):
+        assert status == 0, output[-4000:]
+    return path
 
 
-def test_a_nan_on_one_rank_skips_the_step_on_all():
-    found = launch("packed", "nan")
-    assert [x["loss"] for x in found] == [None, None]
-    assert found[0]["parameters"] == pytest.approx(found[1]["parameters"], rel=1e-6)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+def close(found, wanted, where: str) -> None:
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), where
+        for key, value in wanted.items():
+            close(found[key], value, f"{where}: {key}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), where
+        for number, (mine, value) in enumerate(zip(found, wanted, strict=True)):
+            close(mine, value, f"{where}: step {number}")
+    elif isinstance(wanted, (int, float)):
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5, nan_ok=True), where
+    else:
+        assert found == wanted, where
+
+
+@pytest.mark.parametrize(("launch", "case"), [(n, case) for n, x in LAUNCHES.items() if n != "one" for case in x[2]])
+def test_many_processes_give_the_result_of_one(folder, launch, case):
+    one, many, processes = results("one", folder), results(launch, folder), LAUNCHES[launch][0]
+    wanted = load_file(one / f"{case}.0.safetensors")
+    for rank in range(processes):
+        found = load_file(many / f"{case}.{rank}.safetensors")
+        assert found.keys() == wanted.keys()
+        worst = max((found[name] - wanted[name]).abs().max().item() for name in wanted)
+        assert worst < 1e-5, f"{case}: weights on process {rank} of {processes} differ by {worst:.2g}"
+        own = json.loads((many / f"{case}.{rank}.json").read_text())
+        close(own, json.loads((one / f"{case}.0.json").read_text()), f"{case} on process {rank} of {processes}")
+
+
+def test_cases_do_what_their_names_say(folder):
+    def log(case):
+        return json.loads((results("one", folder) / f"{case}.0.json").read_text())
+
+    steps = {case: log(case)[-2]["optimizer steps"] for case in ("plain", "early_stopping")}
+    assert steps["early_stopping"] < steps["plain"] * 4, steps
+    assert log("everything")[-1]["count"] == 16 and log("everything")[0]["kl_coef"] != log("everything")[1]["kl_coef"]
+    assert [sorted(x) for x in log("skipped")[1:2]] == [["kl_coef", "objective/kl_coef"]]  # no statistics of a step
+    assert log("late_fewer") != log("late") == log("late_resume")
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_on_one_process_ends_all_with_its_words(tmp_path):
+    began = time.monotonic()
+    (zero, first), (one, second) = ends(start(2, str(tmp_path), "failing_reward"), 60)
+    assert zero and one and time.monotonic() - began < 45
+    assert "PeerFailure: process 1 failed in the reward: ValueError: no score for 'cat'" in first, first[-2000:]
+    assert "ValueError: no score for 'cat'" in second and "PeerFailure" not in second
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    (zero, first), (one, _) = ends(start(2, str(tmp_path), "dying"), 60)
+    assert zero and one == 9 and "waiting for the other processes after the check of step()'s arguments failed" in first
+
+
+def test_a_process_that_is_late_ends_the_others_after_the_time_out(tmp_path):
+    (zero, first), (one, _) = ends(start(2, str(tmp_path), "late_process"), 60)
+    assert zero and one, first[-2000:]
+    assert "is later than the time-out (config.ddp_timeout)" in first and "Timed out" in first, first[-2000:]

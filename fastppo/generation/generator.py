@@ -84,6 +84,7 @@ class Generator:
         *,
         seed: int | None = None,
         logprob_temperature: float = 1.0,
+        first_prompt: int = 0,
         **generation_kwargs,
     ) -> Rollout:
         """Responses for B prompts (1-D int64, any lengths), num_return_sequences each, in order.
@@ -91,7 +92,8 @@ class Generator:
         generation_kwargs: what `model.generate` takes; max_new_tokens may also be a list with one number per prompt.
         seed: None draws one from torch's default generator, so `set_seed` reproduces. A response depends on the seed,
         its index and its prompt, not on the rest of the batch.   logprob_temperature: divides the logits in
-        `logprobs_BT` and `entropies_BT` (the policy that PPO trains).
+        `logprobs_BT` and `entropies_BT` (the policy that PPO trains).   first_prompt: index of the first prompt, where these
+        are a part of a larger batch.
         Raises ValueError for a prompt-learning adapter, an empty or malformed prompt, an unknown argument (naming the nearest), a length beyond the
         model's positions, or a KV cache that can't hold one sequence.
         """
@@ -113,11 +115,11 @@ class Generator:
             if why is not None:
                 self._say(why)
                 return fallback.generate(
-                    inner, self.model, prompts, params, [x for x in limits for _ in range(n)], seed
+                    inner, self.model, prompts, params, [x for x in limits for _ in range(n)], seed + first_prompt
                 )
             check_positions(inner, prompts, limits)
             rows = [(p.tolist(), limit) for p, limit in zip(prompts, limits, strict=True) for _ in range(n)]
-            seeds = [_sequence_seed(seed, i) for i in range(len(rows))]
+            seeds = [_sequence_seed(seed, first_prompt * n + i) for i in range(len(rows))]
             groups = group_equal_prompts([r[0] for r in rows], [r[1] for r in rows], seeds)
             if not self.share_prefixes:
                 groups = [part for group in groups for part in group.split(1)]

@@ -39,7 +39,7 @@ def output_head(model: nn.Module) -> "Head | str":
     if reason := _not_splittable(model, inner):
         return reason
     layer = inner.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    if _plain_class(layer) is not nn.Linear:
         return f"the output embedding of {type(inner).__name__} is {_describe(layer)}, not a plain nn.Linear"
     config = inner.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
@@ -73,6 +73,12 @@ def checked_output_head(model: nn.Module) -> "Head | str":
     if not error <= tolerance:
         return f"the logits of {type(inner).__name__} differ from head(backbone(x)) by up to {error:.2g} (allowed {tolerance:.2g})"
     return head
+
+
+def _plain_class(layer: nn.Module) -> type:
+    """The layer's class; FSDP2 makes a subclass called FSDP... of it where it shards a layer by itself."""
+    found = type(layer)
+    return found.__bases__[-1] if found.__name__ == f"FSDP{found.__bases__[-1].__name__}" else found
 
 
 def _not_splittable(model: nn.Module, inner: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSeq2Se
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastppo.attention import unwrap
 from fastppo.models import checkpoint, pretrained, reward_adapter
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ class PreTrainedModelWrapper(nn.Module):
     @property
     def config(self):
         return self.pretrained_model.config
+
+    @property
+    def _no_split_modules(self):
+        """accelerate asks the model for the layers that FSDP2 shards one by one."""
+        return getattr(unwrap(self.pretrained_model), "_no_split_modules", None)
 
     @property
     def is_loaded_in_8bit(self) -> bool:

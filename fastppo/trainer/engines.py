@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from fastppo import distributed
 from fastppo.engine import Engine, engine_for
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class Engines:
         dtype = DTYPES.get(accelerator.mixed_precision)
         # deterministic: its scoring pass and its training pass round differently
         if dtype is None or self.trainer.current_device.type != "cpu" or self.trainer.config.deterministic:
+            return None
+        if distributed.kind(accelerator) == "fsdp2":
             return None
         if id(model) not in self._made:
             whole = accelerator.unwrap_model(model)

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fastppo import determinism, flops, packed, update
+from fastppo import determinism, distributed, flops, packed, update
 from fastppo.data import Experience
 from fastppo.kernels.kl_reward import kl_reward
 from fastppo.metrics import Clock
@@ -28,7 +28,7 @@ class PackedPath:
     """prepare and optimise over packed sequences; [B, T] matrices hold 0 where there is no response token."""
 
     def __init__(self, trainer, head, reference_head):
-        self.trainer, self.head, self.reference_head = trainer, head, reference_head
+        self.trainer, self.head = trainer, head
         self._trust_rollout = True
         self._mismatch: Mismatch | None = None
         self._cost: flops.Cost | None = None
@@ -45,16 +45,16 @@ class PackedPath:
         with clock.stage("forward_pass"), update.eval_mode(t.model, t.ref_model), t.accelerator.autocast():
             ref_logprobs = self._score(self._reference(), with_values=False)[0]
             kl_BT = self._full_kl() if t.config.kl_penalty == "full" else None
-            logprobs, values, from_rollout = self._old(t._rollouts.find(queries, responses))
+            taken = t._rollouts.find(queries, responses)
+            everywhere = bool(distributed.table(t.accelerator, [taken is not None]).all())
+            logprobs, values, from_rollout = self._old(taken if everywhere else None)
         self._parts = ((queries, responses), scores_B, ref_logprobs, kl_BT, clock)
         return self._experience(logprobs, values, from_rollout)
 
     def _width(self, queries, responses) -> int:
-        """Predicted positions of the longest sequence, over all processes: their statistics are averaged as arrays."""
+        """Predicted positions of the longest sequence, over all processes: statistics have a row for each sequence of all."""
         width = max(len(q) + len(r) for q, r in zip(queries, responses, strict=True)) - 1
-        if not self.trainer.is_distributed:
-            return width
-        return int(self.trainer.accelerator.gather(torch.tensor([width], device=self.trainer.current_device)).max())
+        return int(distributed.table(self.trainer.accelerator, [width]).max())
 
     def _experience(self, logprobs, values, from_rollout: bool) -> Experience:
         t, mask = self.trainer, self._sequences.mask_BT
@@ -65,25 +65,36 @@ class PackedPath:
         return shape_rewards(t, sequences, scores_B, tensors, reward, clock, from_rollout)
 
     def _policy(self):
-        return self.trainer.model, self.head, nullcontext
+        return self.trainer.model, nullcontext
 
     def _reference(self):
         t = self.trainer
-        return self._engines.reference_model, self.reference_head, t.optional_peft_ctx
+        return self._engines.reference_model, t.optional_peft_ctx
 
     def _budget(self) -> int:
         return determinism.token_budget(self.trainer.config) or FORWARD_TOKENS
 
     def _score(self, acting, with_values: bool):
-        model, head, context = acting
-        with context():
+        model, context = acting
+
+        def score():
             if self.trainer.config.deterministic:
-                return determinism.score_tokens(model, head, self._sequences, with_values)
+                return determinism.score_tokens(model, self._sequences, with_values)
             engine = self._engines.of(model)
-            return packed.score_tokens(model, head, self._sequences, self._budget(), with_values, engine)
+            return packed.score_tokens(model, self._sequences, self._budget(), with_values, engine)
+
+        with context():
+            return distributed.whole(self.trainer.accelerator, model, score)
 
     def _full_kl(self):
-        return packed.full_kl_tokens(self._policy(), self._reference(), self._sequences, self._budget())
+        accelerator, policy, reference = self.trainer.accelerator, self._policy(), self._reference()
+
+        def compare():
+            return packed.full_kl_tokens(policy, reference, self._sequences, self._budget())
+
+        if policy[0] is reference[0]:
+            return distributed.whole(accelerator, policy[0], compare)
+        return distributed.whole(accelerator, policy[0], lambda: distributed.whole(accelerator, reference[0], compare))
 
     def _old(self, taken):
         """(logprobs, values, from_rollout): the rollout's where allowed, else from a pass, which measures the mismatch."""
@@ -96,7 +107,9 @@ class PackedPath:
         recomputed, values = self._score(self._policy(), with_values=True)
         if taken is not None:
             mask = self._sequences.mask_BT
-            self._mismatch = mismatch((recomputed - logprobs)[mask])
+            found = mismatch((recomputed - logprobs)[mask])
+            means = distributed.table(self.trainer.accelerator, [found.mean])
+            self._mismatch = found._replace(mean=float(means.mean()))
             self._trust_rollout = self._mismatch.mean <= self.trainer.config.max_mismatch
         return recomputed, values, False
 
@@ -142,17 +155,17 @@ class PackedPath:
         return batch, stats
 
     def _learner(self, batch: Experience, tolerance) -> PackedLearner:
-        return PackedLearner(self.trainer, self.head, self._sequences, batch, tolerance)
+        return PackedLearner(self.trainer, self._sequences, batch, tolerance)
 
     def _run(self, learner: PackedLearner) -> list[dict]:
         from fastppo import attention
 
-        t = self.trainer
+        t, rows = self.trainer, len(self._sequences.tokens)
         if engine := self._engines.of(t.model):
             with engine[0].started(engine[1]) as learner.engine:
-                return update.optimise(t.config, learner.learn, t._early_stop)
+                return update.optimise(t.config, learner.learn, t._early_stop, rows)
         with attention.install(t.model):
-            return update.optimise(t.config, learner.learn, t._early_stop)
+            return update.optimise(t.config, learner.learn, t._early_stop, rows)
 
     def _warn_mismatch(self) -> None:
         if self._mismatch.mean > self.trainer.config.max_mismatch:

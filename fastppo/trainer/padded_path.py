@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fastppo import update
+from fastppo import distributed, update
 from fastppo.data import Experience
 from fastppo.metrics import Clock
 from fastppo.score import check_finite
@@ -26,7 +26,8 @@ def shape_rewards(trainer, sequences, scores_B, tensors, reward, clock: Clock, f
         with clock.stage("compute_advantages"):
             values, advantages, returns = trainer.compute_advantages(values, rewards, mask)
     for name, x in (("log-prob", logprobs), ("reference log-prob", ref_logprobs), ("return", returns)):
-        trainer._agreed(check_finite, name, torch.where(mask, x, 0.0))
+        with distributed.together(trainer.accelerator, f"the check of every {name}"):
+            check_finite(name, torch.where(mask, x, 0.0))
     return Experience(
         queries=sequences[0],
         responses=sequences[1],
@@ -53,6 +54,11 @@ class PaddedPath:
 
     def prepare(self, queries, responses, scores_B, response_masks, clock: Clock) -> Experience:
         t = self.trainer
+        rows = distributed.table(t.accelerator, [len(queries)])[:, 0].int().tolist()
+        if min(rows) < t.config.batch_size:
+            raise ValueError(
+                f"PPOTrainer.step: the processes have {rows} sequences; padded batches need {t.config.batch_size} on each"
+            )
         inputs = self._inputs(queries, responses)
         full = t.config.kl_penalty == "full"
         batch = (queries, responses, inputs)

@@ -2,6 +2,8 @@
 
 import logging
 
+from fastppo import distributed
+from fastppo.models.head import checked_output_head
 from fastppo.trainer.packed_path import PackedPath
 from fastppo.trainer.padded_path import PaddedPath
 
@@ -16,12 +18,10 @@ STAGES = (
 
 def choose_path(trainer, default_collator: bool):
     """PackedPath where it can run; else PaddedPath, with the reason in the log."""
-    from fastppo.models.head import checked_output_head
-
     why = _padded_because(trainer, default_collator)
     if why is None:
         models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
-        heads = [checked_output_head(trainer.accelerator.unwrap_model(model)) for model in models]
+        heads = [_checked_head(trainer.accelerator, model) for model in models]
         why = next((head for head in heads if isinstance(head, str)), None)
     if why is None:
         return PackedPath(trainer, heads[0], heads[-1])
@@ -30,6 +30,11 @@ def choose_path(trainer, default_collator: bool):
     if trainer.config.packed:
         logger.warning("step() runs padded batches: %s", why)
     return PaddedPath(trainer)
+
+
+def _checked_head(accelerator, model):
+    inner = distributed.bare(model)
+    return distributed.whole(accelerator, model, lambda: checked_output_head(inner))
 
 
 def _padded_because(trainer, default_collator: bool) -> str | None:
@@ -44,9 +49,6 @@ def _padded_because(trainer, default_collator: bool) -> str | None:
         return f"{type(trainer).__name__} overrides {', '.join(changed)}"
     if not default_collator:
         return "training_data_collator decides on the padding"
-    kind = trainer.accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        return f"parameters are sharded ({kind})"
     if getattr(trainer.model, "is_sequential_parallel", False):
         return "the model is split over devices"
     models = [trainer.model] + [trainer.ref_model] * (trainer.ref_model is not None)

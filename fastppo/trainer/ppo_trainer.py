@@ -7,10 +7,11 @@ Suffixes: B sequences, T predicted positions.
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
-from fastppo import determinism, experience, metrics, update
+from fastppo import determinism, distributed, experience, metrics, update
 from fastppo.core import PPODecorators, convert_to_scalar, set_seed, stack_dicts, stats_to_np
 from fastppo.score import NonFinite, check_finite, restore, shape_scores, snapshot
 from fastppo.trainer import checks, responses, setup, tracking
@@ -65,6 +66,7 @@ class PPOTrainer(BaseTrainer):
         self.data_collator = training_data_collator or setup.default_collator(tokenizer)
         self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         setup.prepare_with_accelerate(self)
+        self.model_params = [p for p in self.model.parameters() if p.requires_grad]  # FSDP2 has replaced them
         setup.prepare_hub(self)
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         self.running = setup.running_moments(self.accelerator)
@@ -72,6 +74,7 @@ class PPOTrainer(BaseTrainer):
         self._guard = update.Guard(config.on_nonfinite)
         self._rollouts, self._generators = responses.RolloutCache(), {}
         self._path = choose_path(self, default_collator=training_data_collator is None)
+        self._rows = config.batch_size  # sequences of this step over all processes
 
     # --- generate -----------------------------------------------------------------------------------------------------
 
@@ -137,15 +140,20 @@ class PPOTrainer(BaseTrainer):
 
         queries, responses: lists of 1-D token tensors.   scores: list of one-element tensors.
         response_masks: list of tensors like responses, 1 where a token counts; default all.
+        With several processes one may have fewer sequences (at least one); whitening, losses and statistics are those of
+        one process with all sequences.
         Raises ValueError for what it can't use and NonFinite for NaN or infinity (config.on_nonfinite).
         """
         clock = metrics.Clock(self.current_device)
-        checked = self._step_safety_checker(self.config.batch_size, queries, responses, scores, response_masks)
-        queries, responses, scores, response_masks = checked
+        with distributed.together(self.accelerator, "the check of step()'s arguments"):
+            checked = self._step_safety_checker(self._size(queries), queries, responses, scores, response_masks)
+            queries, responses, scores, response_masks = checked
+        self._rows = int(distributed.table(self.accelerator, [len(queries)]).sum())
         moments = snapshot(self.running)
         try:
             scores_B = torch.stack(scores)
-            self._agreed(check_finite, "score", scores_B)
+            with distributed.together(self.accelerator, "the check of every score"):
+                check_finite("score", scores_B)
             scores_B = shape_scores(scores_B, self.config, self.running)
             batch = self._path.prepare(queries, responses, scores_B, response_masks, clock)
         except NonFinite as error:
@@ -156,7 +164,7 @@ class PPOTrainer(BaseTrainer):
             batch, train_stats = self._path.optimise(batch)
         with clock.stage("calc_stats"):
             stats = self._statistics(batch, train_stats)
-        self.kl_ctl.update(stats["objective/kl"], self.config.batch_size * self.accelerator.num_processes)
+        self.kl_ctl.update(stats["objective/kl"], self._rows)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._leave_batch()
@@ -164,20 +172,10 @@ class PPOTrainer(BaseTrainer):
         stats |= self._path.extra_stats(batch, clock) | clock.timing()
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
 
-    def _agreed(self, check, *args) -> None:
-        """Run a check that raises NonFinite on all processes or on none: a step is left together."""
-        error = None
-        try:
-            check(*args)
-        except NonFinite as found:
-            error = found
-        if self.is_distributed:
-            failed = torch.tensor([float(error is not None)], device=self.current_device)
-            anywhere = bool(self.accelerator.gather(failed).any())
-            if anywhere and error is None:
-                error = NonFinite("a number is NaN or infinite in another process's batch")
-        if error is not None:
-            raise error
+    def _size(self, queries) -> int:
+        """Sequences wanted from this process: config.batch_size; beside others it may have fewer."""
+        size = self.config.batch_size
+        return len(queries) if self.is_distributed and isinstance(queries, list) and 0 < len(queries) < size else size
 
     def _abandon(self, why: str) -> dict:
         """A batch that can't be learnt from: stop, or skip it and say so in the statistics."""
@@ -198,20 +196,22 @@ class PPOTrainer(BaseTrainer):
         self.compare_step += 1
 
     def _statistics(self, batch, train_stats: list[dict]) -> dict:
+        """Of the sequences of all processes; the mini-batches' own are so already, but for their per-token arrays."""
         stacked = metrics.flat_train_stats(stack_dicts(train_stats))
-        stats = self.record_step_stats(
-            kl_coef=self.kl_ctl.value,
-            scores=batch.scores_B,
-            logprobs=batch.logprobs_BT,
-            ref_logprobs=batch.ref_logprobs_BT,
-            non_score_reward=batch.non_score_BT,
-            train_stats=stacked,
-            masks=batch.mask_BT,
-            queries=batch.queries,
-            responses=batch.responses,
-            kls=batch.kl_BT,
-        )
-        stats = stats_to_np(self.gather_stats(stats) if self.is_distributed else stats)
+        for name in ("policy/advantages", "policy/ratio"):
+            stacked[name] = distributed.gather_rows(self.accelerator, stacked[name][0])[None]
+        tensors = {
+            "scores": batch.scores_B,
+            "logprobs": batch.logprobs_BT,
+            "ref_logprobs": batch.ref_logprobs_BT,
+            "non_score_reward": batch.non_score_BT,
+            "masks": batch.mask_BT,
+            "kls": batch.kl_BT,
+        }
+        tensors = {name: distributed.gather_rows(self.accelerator, x) for name, x in tensors.items()}
+        texts = {"queries": batch.queries, "responses": batch.responses}
+        texts = {name: distributed.gather_lists(self.accelerator, x) for name, x in texts.items()}
+        stats = stats_to_np(self.record_step_stats(kl_coef=self.kl_ctl.value, train_stats=stacked, **tensors, **texts))
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         return stats
 
@@ -254,13 +254,24 @@ class PPOTrainer(BaseTrainer):
         """(values, advantages, returns), [B, T] each: GAE, whitened advantages."""
         config = self.config
         return experience.advantages_and_returns(
-            values, rewards, mask.bool(), gamma=config.gamma, lam=config.lam, whiten_rewards=config.whiten_rewards
+            values,
+            rewards,
+            mask.bool(),
+            gamma=config.gamma,
+            lam=config.lam,
+            whiten_rewards=config.whiten_rewards,
+            total=partial(distributed.total, self.accelerator) if self.is_distributed else None,
         )
 
     def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
         """(policy loss, vf_coef * value loss, flat statistics)."""
+        together = {}
+        if self.is_distributed:
+            (share,) = distributed.shares(self.accelerator, [int(mask.sum())], [1])
+            together["normalizer"] = share.normalizer
+            together["share"] = lambda stats: distributed.share_stats(self.accelerator, [stats])[0]
         return update.padded_loss(
-            self.config, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
+            self.config, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns, **together
         )
 
     @PPODecorators.empty_device_cache()
@@ -273,13 +284,9 @@ class PPOTrainer(BaseTrainer):
         return stats
 
     def _early_stop(self, policykl) -> bool:
-        """Whether the KL to the old policy, averaged over processes, is past 1.5 * target_kl; then gradients are dropped."""
+        """Whether the KL to the old policy, over all processes' tokens, is past 1.5 * target_kl; then gradients are dropped."""
         if not self.config.early_stopping:
             return False
-        if self.is_distributed:
-            policykl = self.accelerator.reduce(
-                torch.tensor(float(policykl), device=self.current_device), reduction="mean"
-            )
         if float(policykl) <= 1.5 * self.config.target_kl:
             return False
         self.optimizer.zero_grad()

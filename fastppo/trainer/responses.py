@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastppo import distributed
 from fastppo.update import eval_mode
 
 
@@ -83,7 +84,12 @@ def sampled(trainer, model, chunks, shape: Shape, options) -> list[torch.Tensor]
     if lengths is not None:
         options["max_new_tokens"] = lengths
     queries = [query for chunk in chunks for query in chunk]
-    rollout = trainer._generator(model).generate(queries, **options)
+    # the same numbers are drawn for a prompt, whatever the process that has it
+    first = trainer.accelerator.process_index * trainer.config.batch_size
+    generator = trainer._generator(model)
+    rollout = distributed.whole(
+        trainer.accelerator, model, lambda: generator.generate(queries, first_prompt=first, **options)
+    )
     repeats = len(rollout.prompts) // max(1, len(queries))
     is_policy = model is trainer.model and rollout.values_BT is not None
     outputs = []
@@ -117,7 +123,8 @@ def encoder_decoder(trainer, model, queries, shape: Shape, options) -> list[torc
     pad = {"padding": True, "pad_to_multiple_of": shape.pad_to_multiple_of, "return_tensors": "pt"}
     inputs = trainer.tokenizer.pad(rows, **pad).to(trainer.current_device)
     with torch.no_grad():
-        sequences = trainer.accelerator.unwrap_model(model).generate(**inputs, **options)
+        inner = distributed.bare(model)
+        sequences = distributed.whole(trainer.accelerator, model, lambda: inner.generate(**inputs, **options))
     if not shape.remove_padding:
         return list(sequences)
     return [cut_after_eos(sequence, trainer.tokenizer.eos_token_id) for sequence in sequences]

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from fastppo import distributed
 from fastppo.trainer.columns import Batches, EpochSampler
 from fastppo.trainer.kl_controller import AdaptiveKLController, FixedKLController
 from fastppo.trainer.running_moments import RunningMoments
@@ -15,7 +16,7 @@ def accelerator(config):
     accelerate by itself also ends an accumulation at the last batch of a dataloader, whatever the mini-batch.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
     options = {"log_with": config.log_with, "project_config": ProjectConfiguration(**config.project_kwargs)}
     options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(
@@ -23,7 +24,13 @@ def accelerator(config):
     )
     if config.mixed_precision is not None:
         options["mixed_precision"] = config.mixed_precision
-    return Accelerator(**options | config.accelerator_kwargs)
+    options |= config.accelerator_kwargs
+    handlers = list(options.get("kwargs_handlers") or [])
+    if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
+        options["kwargs_handlers"] = [*handlers, distributed.process_group_options(config.ddp_timeout)]
+    made = Accelerator(**options)
+    distributed.kind(made)  # raises for what is not supported
+    return made
 
 
 def fill_config(trainer) -> None:
@@ -93,11 +100,13 @@ def prepare_with_accelerate(trainer) -> None:
         trainer.dataloader = Batches(trainer.dataloader, sampler, size, processes)
     if trainer.ref_model is None:
         return
-    if getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None:
+    kind = distributed.kind(trainer.accelerator)
+    if kind.startswith("zero"):
         trainer.ref_model = trainer._prepare_deepspeed(trainer.ref_model)
+    elif kind == "fsdp2":
+        trainer.ref_model = distributed.prepare_frozen(trainer.accelerator, trainer.ref_model)
     else:
-        trainer.ref_model = trainer.accelerator.prepare_model(trainer.ref_model, evaluation_mode=True)
-    trainer.ref_model.eval()
+        trainer.ref_model = trainer.accelerator.prepare_model(trainer.ref_model, evaluation_mode=True).eval()
 
 
 def prepare_deepspeed(accelerator, model):

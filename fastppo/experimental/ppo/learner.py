@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastppo.distributed import forward_as
 from fastppo.kernels.linear_logprob import linear_logprob
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.logprob import logprob
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss
 from fastppo.models.head import checked_output_head, output_head
-from fastppo.packed_model import PackedModel, forward_as
+from fastppo.packed_model import PackedModel
 from fastppo.packing import PackedBatch, pack
 
 

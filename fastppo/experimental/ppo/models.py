@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastppo.attention import unwrap
 from fastppo.models import AutoModelForCausalLMWithValueHead
 
 
@@ -17,6 +18,12 @@ class PolicyAndValueWrapper(nn.Module):
         self.policy = policy
         self.value_model = value_model
         self.critic_backbone = getattr(value_model, value_model.base_model_prefix)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """accelerate asks the model for the layers that FSDP2 shards one by one."""
+        names = (getattr(unwrap(model), "_no_split_modules", None) for model in (self.policy, self.value_model))
+        return sorted({name for found in names for name in found or ()})
 
     def forward(self, **kwargs: Any) -> tuple[Any, torch.Tensor]:
         hidden = self.critic_backbone(**kwargs).hidden_states[-1]

@@ -129,10 +129,10 @@ class PPOConfig(BaseConfig):
         self.mini_batch_size = exact_div(self.batch_size, self.num_mini_batches, why)
         why = "`local_batch_size` must be a multiple of `num_mini_batches`"
         self.local_mini_batch_size = exact_div(self.local_batch_size, self.num_mini_batches, why)
-        if self.whiten_rewards and self.local_mini_batch_size < 8:
+        if self.whiten_rewards and self.mini_batch_size < 8:
             raise ValueError(
-                f"PPOConfig: whiten_rewards needs mini-batches of at least 8 sequences per process to estimate a standard "
-                f"deviation; got {self.local_mini_batch_size}"
+                f"PPOConfig: whiten_rewards needs mini-batches of at least 8 sequences over all processes to estimate a "
+                f"standard deviation; got {self.mini_batch_size}"
             )
         if self.total_episodes is None:
             self.total_episodes = int(self.num_train_epochs * dataset_length)

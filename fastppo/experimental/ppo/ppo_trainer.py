@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, set_seed
 
+from fastppo import distributed
 from fastppo.data import Rollout
 from fastppo.experimental.ppo import evaluation, learner, updates
 from fastppo.experimental.ppo.functions import (
@@ -135,20 +136,17 @@ class PPOTrainer(Trainer):
 
     def _set_up(self) -> None:
         """What needs the accelerator: devices, the stages' views of the models, state."""
-        args, kind = self.args, self.accelerator.distributed_type.value
-        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-            raise ValueError(
-                f"PPOTrainer: parameters sharded by {kind} are not supported; launch with plain data parallel"
-            )
-        for model in (self.ref_model, *self._rewards.models):
-            if model is not None:
-                model.to(self.accelerator.device).eval()
+        args = self.args
+        distributed.kind(self.accelerator)  # raises for what is not supported
+        for model in self._rewards.models:
+            model.to(self.accelerator.device).eval()
         if args.gradient_checkpointing:
             for model in (self.policy_model, self.value_model):
                 if model is not None:
                     model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.policy = learner.Policy(self.policy_model)
         self.reference = None if self.ref_model is None else learner.Policy(self.ref_model)
+        self.ref_model = distributed.prepare_frozen(self.accelerator, self.ref_model)
         shared = self.value_model is None
         self.value = learner.SharedValue(self.model, self.policy) if shared else learner.SeparateValue(self.value_model)
         self._wrapper = self.model
@@ -225,7 +223,12 @@ class PPOTrainer(Trainer):
         options |= args.generation_kwargs or {}
         with self.accelerator.autocast():
             prompts = [prompt.to(self.accelerator.device) for prompt in prompts]
-            return self.generator.generate(prompts, seed=seed, logprob_temperature=self._score_temperature, **options)
+            # a prompt gets the same random numbers whatever the process that has it
+            options["first_prompt"] = self.accelerator.process_index * (args.local_batch_size or 0)
+            options |= {"seed": seed, "logprob_temperature": self._score_temperature}
+            return distributed.whole(
+                self.accelerator, self._wrapper, lambda: self.generator.generate(prompts, **options)
+            )
 
     @property
     def _score_temperature(self) -> float:
@@ -250,10 +253,10 @@ class PPOTrainer(Trainer):
     def update(self, batch: PromptBatch) -> dict[str, float]:
         """One update: the metrics that TRL logs, and each reward's mean when there are several."""
         args, number = self.args, self.state.global_step
-        seed = (args.seed * 1_000_003 + number) * args.world_size + self.accelerator.process_index
-        rollout = self.rollout(batch.prompts, seed)
+        rollout = self.rollout(batch.prompts, args.seed * 1_000_003 + number)
         try:
-            scores_B, named = self.judge(rollout, batch.columns)
+            with distributed.together(self.accelerator, "the reward"):
+                scores_B, named = self.judge(rollout, batch.columns)
             experience, data = updates.prepare(self, rollout, scores_B)
         except NonFinite as error:
             self.guard.report(f"{error} (update {number + 1})")
@@ -273,8 +276,11 @@ class PPOTrainer(Trainer):
         self._start_state()
         self.create_optimizer()
         self.create_scheduler(num_training_steps=args.num_total_batches, optimizer=self.optimizer)
+        checkpoint = resolve(args.output_dir, resume_from_checkpoint)
+        if checkpoint:
+            updates.load_weights(self, Path(checkpoint))
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        if checkpoint := resolve(args.output_dir, resume_from_checkpoint):
+        if checkpoint:
             updates.load_resume(self, Path(checkpoint))
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
@@ -337,20 +343,30 @@ class PPOTrainer(Trainer):
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The policy alone (with PEFT its adapter alone), and the tokenizer."""
+        """The policy alone (with PEFT its adapter alone), and the tokenizer. Every process must call it."""
+        state = distributed.state_dict(self.policy_model) if distributed.fsdp_units(self._wrapper) else None
+        self._write_model(output_dir, _internal_call, state)
+
+    def _write_model(self, output_dir: str | None, _internal_call: bool, state: dict | None) -> None:
+        """state: the policy's whole tensors where they are sharded."""
         whole, self.model = self.model, self.policy_model
         try:
-            super().save_model(output_dir, _internal_call)
+            if state is None:
+                super().save_model(output_dir, _internal_call)
+            elif self.args.should_save:
+                self._save(output_dir, state_dict=state)
         finally:
             self.model = whole
 
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        resume = updates.collect_resume(self)
+        state = distributed.state_dict(self.policy_model) if distributed.fsdp_units(self._wrapper) else None
         if self.args.should_save:
             with whole_or_nothing(folder) as temporary:
-                self.save_model(str(temporary), _internal_call=True)
+                self._write_model(str(temporary), True, state)
                 self.create_model_card(folder=temporary)
-                updates.save_resume(self, temporary)
+                updates.save_resume(self, temporary, resume)
             remove_old(self.args.output_dir, self.args.save_total_limit)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder))

@@ -5,18 +5,20 @@ Suffixes: B sequences, T response tokens.
 
 import contextlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastppo import distributed
 from fastppo.data import Experience, Rollout
 from fastppo.experience import advantages_and_returns, kl_rewards
 from fastppo.experimental.ppo import learner
 from fastppo.experimental.ppo.engines import fused_of
 from fastppo.experimental.ppo.state import OnlineTrainerState
-from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats
+from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOLossOptions, PPOStats
 from fastppo.update import clip
 
 if TYPE_CHECKING:
@@ -32,19 +34,34 @@ def prepare(trainer: "PPOTrainer", rollout: Rollout, scores_B: torch.Tensor) -> 
     args, mask_BT = trainer.args, rollout.mask_BT
     size, temperature = args.local_rollout_forward_batch_size, trainer._score_temperature
     data = learner.sequences(rollout.prompts, rollout.responses, mask_BT, trainer.tokenizer.pad_token_id)
-    with trainer.accelerator.autocast():
-        values_BT = rollout.values_BT
-        if values_BT is None or args.old_logprobs == "recompute":
+    accelerator, recompute = trainer.accelerator, args.old_logprobs == "recompute"
+
+    def of_policy():
+        values_BT, logprobs_BT, ref_BT = rollout.values_BT, rollout.logprobs_BT, None
+        if values_BT is None or recompute:
             values_BT = learner.score_values(trainer.policy, trainer.value, data, size)
-        logprobs_BT = rollout.logprobs_BT
-        if logprobs_BT is None or args.old_logprobs == "recompute":
+        if logprobs_BT is None or recompute:
             logprobs_BT = learner.score_logprobs(trainer.policy, data, size, temperature)
-        with contextlib.nullcontext() if trainer.reference else trainer.null_ref_context():
-            ref_BT = learner.score_logprobs(trainer.reference or trainer.policy, data, size, temperature)
+        if not trainer.reference:
+            with trainer.null_ref_context():
+                ref_BT = learner.score_logprobs(trainer.policy, data, size, temperature)
+        return values_BT, logprobs_BT, ref_BT
+
+    with accelerator.autocast():
+        values_BT, logprobs_BT, ref_BT = distributed.whole(accelerator, trainer._wrapper, of_policy)
+        if trainer.reference:
+            score = partial(learner.score_logprobs, trainer.reference, data, size, temperature)
+            ref_BT = distributed.whole(accelerator, trainer.ref_model, score)
     scores_B = scores_B.to(mask_BT.device)
     shaped = kl_rewards(scores_B, logprobs_BT, ref_BT, mask_BT, kl_coef=args.kl_coef, kind=args.kl_estimator)
     values_BT, advantages_BT, returns_BT = advantages_and_returns(
-        values_BT, shaped.rewards_BT, mask_BT, gamma=args.gamma, lam=args.lam, whiten_rewards=args.whiten_rewards
+        values_BT,
+        shaped.rewards_BT,
+        mask_BT,
+        gamma=args.gamma,
+        lam=args.lam,
+        whiten_rewards=args.whiten_rewards,
+        total=partial(distributed.total, accelerator) if accelerator.num_processes > 1 else None,
     )
     experience = Experience(
         queries=rollout.prompts,
@@ -66,7 +83,8 @@ def prepare(trainer: "PPOTrainer", rollout: Rollout, scores_B: torch.Tensor) -> 
 
 
 class Optimised(NamedTuple):
-    """One optimizer step: statistics of its mini-batch, mean |new - old log-prob|, gradient norm before clipping."""
+    """One optimizer step: statistics of its mini-batch, this process's share of the mean |new - old log-prob|, gradient
+    norm before clipping."""
 
     stats: PPOStats
     distance: float
@@ -83,8 +101,9 @@ def optimise(trainer: "PPOTrainer", experience: Experience, data: learner.Sequen
         for _ in range(args.num_ppo_epochs):
             order = torch.randperm(args.local_batch_size, generator=draw).to(data.mask_BT.device)
             for index in order.split(args.local_mini_batch_size):
+                index = index[index < len(data.mask_BT)]  # beside others a process may have fewer prompts
                 steps.append(_minibatch(trainer, old, data, index, fused))
-    distance = steps[0].distance
+    distance = float(distributed.table(trainer.accelerator, [steps[0].distance]).sum())
     if experience.from_rollout and distance > args.max_mismatch:
         logger.warning(
             "log-probs of the rollout and of training differ by %.3g nats on average (allowed: max_mismatch=%g); "
@@ -108,6 +127,7 @@ def _minibatch(trainer: "PPOTrainer", old: PPOBatch, data: learner.Sequences, in
             logger.warning("out of memory: micro-batches have %d sequences from here on", trainer.micro_rows)
             torch.cuda.empty_cache()
     trainer.accelerator.unscale_gradients(trainer.optimizer)
+    (stats,) = distributed.share_stats(trainer.accelerator, [stats])
     norm = clip(trainable(trainer), trainer.args.max_grad_norm or None)
     # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
     scaled = trainer.accelerator.scaler is not None
@@ -121,22 +141,24 @@ def _gradients(trainer, old: PPOBatch, data: learner.Sequences, index: torch.Ten
     """Backward over the mini-batch in micro-batches whose losses add up to its mean over tokens."""
     args, accelerator = trainer.args, trainer.accelerator
     options = PPOLossOptions(args.cliprange, args.cliprange_value, args.vf_coef)
-    tokens = data.mask_BT[index].sum()
-    # DDP averages over processes, each of which has its own number of tokens
-    mean_tokens = accelerator.reduce(tokens, "mean") if accelerator.num_processes > 1 else tokens
-    normalizer = max(float(mean_tokens), 1.0)
     lengths = data.real_BL[index].sum(1)
-    micros = index[lengths.argsort(descending=True, stable=True)].split(trainer.micro_rows)
+    micros = index[lengths.argsort(descending=True, stable=True)].split(trainer.micro_rows) if len(index) else []
+    tokens = int(data.mask_BT[index].sum())
+    ((normalizer, passes),) = distributed.shares(accelerator, [tokens], [len(micros)])
+    # sharded gradients are reduced after each pass: kept whole until the last they would need the memory of all
+    keeps_gradients = distributed.kind(accelerator) not in distributed.SHARDED
     results = []
     if fused:
         fused.refresh()
         results = [fused.learn(rows.tolist(), old, options, normalizer) for rows in micros]
-        micros = ()
-    for place, rows in enumerate(micros):
+        micros, passes = (), 0
+    for place in range(passes):
+        # passes beyond this process's own keep the others company
+        is_own = place < len(micros)
+        rows = micros[place] if is_own else torch.zeros(1, dtype=torch.long, device=index.device)
         part, part_old = data.rows(rows), PPOBatch(*(x[rows] for x in old[:4]))
-        is_last = place == len(micros) - 1
         with contextlib.ExitStack() as stack:
-            if not is_last:
+            if keeps_gradients and place < passes - 1:
                 stack.enter_context(accelerator.no_sync(trainer.model_wrapped))
             stack.enter_context(trainer.policy.packed.attention())
             if isinstance(trainer.value, learner.SeparateValue):
@@ -144,10 +166,12 @@ def _gradients(trainer, old: PPOBatch, data: learner.Sequences, index: torch.Ten
             with accelerator.autocast():
                 step = _forward(trainer, part, part_old, options, normalizer)
             # accelerate divides by its number of accumulation steps
-            accelerator.backward(step.loss * accelerator.gradient_accumulation_steps)
-        results.append(step)
-    stats = sum((step.stats for step in results[1:]), results[0].stats)
-    return stats, float(sum(step.distance for step in results)) / max(int(tokens), 1)
+            accelerator.backward(step.loss * (accelerator.gradient_accumulation_steps if is_own else 0.0))
+        if is_own:
+            results.append(step)
+    stats = sum((step.stats for step in results), PPOStats((torch.zeros(len(STATS)),)))
+    distance = float(sum(step.distance for step in results))
+    return stats, distance / max(normalizer * accelerator.num_processes, 1.0)
 
 
 def _forward(trainer, part, old: PPOBatch, options: PPOLossOptions, normalizer: float) -> learner.Step:
@@ -163,18 +187,23 @@ def trainable(trainer: "PPOTrainer") -> list[torch.nn.Parameter]:
 
 
 def metrics(trainer, rollout: Rollout, experience: Experience, named: dict, steps: list[Optimised]) -> dict[str, float]:
-    """TRL's metrics of one update, means over processes; per-token means are over response tokens."""
+    """TRL's metrics of one update, over the sequences and response tokens of all processes."""
+    accelerator = trainer.accelerator
     means = sum((step.stats for step in steps[1:]), steps[0].stats).means()
     ratios = torch.tensor([step.stats.means()["ratio"] for step in steps])
     mask_BT = experience.mask_BT
     non_score_B = experience.non_score_BT.sum(1)
     eos = (rollout.tokens_BT == trainer.tokenizer.eos_token_id) & mask_BT
-    logs = {
-        "objective/kl": experience.kl_BT.sum(1).mean(),
-        "objective/entropy": (-experience.logprobs_BT * mask_BT).sum(1).mean(),
-        "objective/non_score_reward": non_score_B.mean(),
-        "objective/rlhf_reward": (non_score_B + experience.scores_B).mean(),
-        "objective/scores": experience.scores_B.mean(),
+    of_sequences = {
+        "objective/kl": experience.kl_BT.sum(1),
+        "objective/entropy": (-experience.logprobs_BT * mask_BT).sum(1),
+        "objective/non_score_reward": non_score_B,
+        "objective/rlhf_reward": non_score_B + experience.scores_B,
+        "objective/scores": experience.scores_B,
+    } | {f"rewards/{name}": scores_B for name, scores_B in named.items()}
+    sums = [len(mask_BT), steps[0].distance, int(eos.sum()), *(float(x.double().sum()) for x in of_sequences.values())]
+    count, distance, num_eos, *sums = distributed.table(accelerator, sums).sum(0).tolist()
+    logs = {name: x / count for name, x in zip(of_sequences, sums, strict=True)} | {
         "policy/approxkl_avg": means["approx_kl"],
         "policy/clipfrac_avg": means["policy_clipped"],
         "loss/policy_avg": means["policy_loss"],
@@ -182,27 +211,36 @@ def metrics(trainer, rollout: Rollout, experience: Experience, named: dict, step
         "val/clipfrac_avg": means["value_clipped"],
         "policy/entropy_avg": means["entropy"],
         "val/ratio": means["ratio"],
-        "val/ratio_var": ratios.var() if len(ratios) > 1 else 0.0,
+        "val/ratio_var": float(ratios.var()) if len(ratios) > 1 else 0.0,
         "grad_norm": sum(step.grad_norm for step in steps) / len(steps),
-        "fastppo/mismatch": steps[0].distance,
+        "fastppo/mismatch": distance,
+        "val/num_eos_tokens": int(num_eos),
     }
-    logs |= {f"rewards/{name}": scores_B.mean() for name, scores_B in named.items()}
-    accelerator = trainer.accelerator
-    values = torch.tensor([float(x) for x in logs.values()], device=accelerator.device)
-    logs = dict(zip(logs, accelerator.reduce(values, "mean").tolist(), strict=True))
-    logs["val/num_eos_tokens"] = int(accelerator.reduce(eos.sum(), "sum"))
     return logs
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def save_resume(trainer: "PPOTrainer", folder: Path) -> None:
-    """What a policy's folder lacks: value function, optimizer, schedule, state. Written by one process."""
+class Resume(NamedTuple):
+    """What a policy's folder lacks, with whole tensors. value: parameters of the value function by name."""
+
+    value: dict[str, torch.Tensor]
+    optimizer: dict
+
+
+def collect_resume(trainer: "PPOTrainer") -> Resume:
+    """Every process takes part: sharded tensors are gathered."""
     policy = {id(x) for x in trainer.policy_model.parameters()}
     value = {name: x for name, x in trainer._wrapper.named_parameters(remove_duplicate=True) if id(x) not in policy}
-    save_file({name: x.detach().cpu().contiguous() for name, x in value.items()}, folder / VALUE_FILE)
-    states = {"optimizer": trainer.optimizer.state_dict(), "lr_scheduler": trainer.lr_scheduler.state_dict()}
+    value = {name: distributed.full_tensor(x.detach()).cpu().contiguous() for name, x in value.items()}
+    return Resume(value, distributed.optimizer_state(trainer.optimizer))
+
+
+def save_resume(trainer: "PPOTrainer", folder: Path, resume: Resume) -> None:
+    """What a policy's folder lacks: value function, optimizer, schedule, state. Written by one process."""
+    save_file(resume.value, folder / VALUE_FILE)
+    states = {"optimizer": resume.optimizer, "lr_scheduler": trainer.lr_scheduler.state_dict()}
     torch.save(states | {"micro_rows": trainer.micro_rows}, folder / RESUME_FILE)
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         name = type(callback).__name__
@@ -211,22 +249,30 @@ def save_resume(trainer: "PPOTrainer", folder: Path) -> None:
     trainer.state.save_to_json(str(folder / STATE_FILE))
 
 
-def load_resume(trainer: "PPOTrainer", folder: Path) -> None:
-    """Put weights, optimizer, schedule and state back as `save_resume` found them."""
+def load_weights(trainer: "PPOTrainer", folder: Path) -> None:
+    """Put the weights back as they were saved, before accelerate lays them out."""
     for name in (VALUE_FILE, RESUME_FILE, STATE_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"PPOTrainer.train: {folder} is no checkpoint of a run: it has no {name}")
-    whole, trainer.model = trainer.model, trainer.policy_model  # transformers asks trainer.model about missing keys
+    if distributed.fsdp_units(trainer._wrapper):
+        raise ValueError("PPOTrainer.train: its parameters are sharded already; resume with a new trainer")
+    # transformers asks trainer.model about missing keys, and looks for FSDP's own files; here parameters are whole
+    before = trainer.model, trainer.is_fsdp_enabled
+    trainer.model, trainer.is_fsdp_enabled = trainer.policy_model, False
     try:
         trainer._load_from_checkpoint(str(folder), trainer.policy_model)
     finally:
-        trainer.model = whole
+        trainer.model, trainer.is_fsdp_enabled = before
     parameters = dict(trainer._wrapper.named_parameters())
     with torch.no_grad():
         for name, saved in load_file(folder / VALUE_FILE).items():
             parameters[name].copy_(saved)
+
+
+def load_resume(trainer: "PPOTrainer", folder: Path) -> None:
+    """Put optimizer, schedule and state back as `save_resume` found them."""
     states = torch.load(folder / RESUME_FILE, map_location="cpu", weights_only=True)
-    trainer.optimizer.load_state_dict(states["optimizer"])
+    distributed.load_optimizer_state(trainer.optimizer, states["optimizer"])
     trainer.lr_scheduler.load_state_dict(states["lr_scheduler"])
     trainer.micro_rows = states["micro_rows"]
     before = trainer.state
