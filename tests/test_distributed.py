@@ -116,6 +116,18 @@ def test_cases_do_what_their_names_say(folder):
     assert log("late_fewer") != log("late") == log("late_resume")
 
 
+@pytest.mark.parametrize(
+    "path", sorted((HERE.parent / "examples/accelerate").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_accelerate_reads_the_example_configurations(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 2
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2 and not config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 

@@ -137,7 +137,8 @@ class PPOTrainer(Trainer):
     def _set_up(self) -> None:
         """What needs the accelerator: devices, the stages' views of the models, state."""
         args = self.args
-        distributed.kind(self.accelerator)  # raises for what is not supported
+        if distributed.kind(self.accelerator).startswith("zero"):
+            raise ValueError("PPOTrainer: DeepSpeed is not supported; launch with DDP or FSDP2 (examples/accelerate)")
         for model in self._rewards.models:
             model.to(self.accelerator.device).eval()
         if args.gradient_checkpointing:
