@@ -54,7 +54,7 @@ def test_packed_pass_equals_padded(model, budget):
         want = made.batched_forward_pass(made.model, queries, responses, inputs)
     sequences = packed.sequences(queries, responses, None, pad_left=False)
     with update.eval_mode(made.model):
-        logprobs, values = packed.score_tokens(made.model, made._path.head, sequences, budget, with_values=True)
+        logprobs, values = packed.score_tokens(made.model, sequences, budget, with_values=True)
     for got, padded in ((logprobs, want.logprobs), (values, want.values)):
         torch.testing.assert_close(got[want.masks], padded[want.masks], rtol=1e-4, atol=1e-4)
         assert not got[~want.masks].any()
