@@ -104,7 +104,7 @@ def test_bfloat16_is_as_exact_as_autocast(name):
         with attention.install(model):
             hidden = packed.hidden_states(model, pack)
             values = model.v_head(hidden)[:, 0].float()
-            head = packed.head_for(output_head(model), hidden)
+            head = packed.head_for(model, hidden)
             out = linear_ppo_loss(hidden, values, head, pack.targets_R, batch, UNCLIPPED, normalizer=46.0)
     out.loss.backward()
     plain = {n: p.grad.double() for n, p in model.named_parameters()}

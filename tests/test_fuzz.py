@@ -46,7 +46,7 @@ def test_any_configuration(settings_):
         config = PPOConfig(**settings_)
     except (ValueError, TypeError, ImportError) as error:
         assert "PPOConfig" in str(error) and any(
-            str(name) in str(error) for name in [*settings_, "batch_size", "log_with"]
+            name in str(error) or repr(name) in str(error) for name in [*settings_, "batch_size", "log_with"]
         )
         return
     assert config.batch_size % config.backward_batch_size == 0 and config.total_ppo_epochs >= 1

@@ -41,7 +41,7 @@ def test_flow_failure_and_resumption(tmp_path):
 
     found = rows(out / "rows.csv")
     by_part = {part: [row for row in found if row["part"] == part] for part in PARTS.split(",")}
-    assert {row["variant"] for row in by_part["bench-gae"]} == {"ours", "torch"}
+    assert {row["variant"] for row in by_part["bench-gae"]} == {"ours", "torch", "python loop"}
     assert {row["variant"] for row in by_part["loop-llama3-8b-lora"]} == {"fastppo", "eager (TRL-style)"}
     assert all(float(row["ms"]) > 0 for part in ("bench-gae", "loop-llama3-8b-lora") for row in by_part[part])
     assert {row["clocks_before"] for row in found} == {"cpu"} and all(row["torch"] and row["commit"] for row in found)

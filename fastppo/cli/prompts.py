@@ -46,9 +46,9 @@ def read_json(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"--dataset: {path}, line {number + error.lineno - 1}: not JSON: {error.msg}") from error
         rows += read if isinstance(read, list) else [read]
-    wrong = next((row for row in rows if not isinstance(row, dict)), None)
-    if wrong is not None:
-        raise UserError(f'--dataset: {path}: every row must be an object like {{"prompt": ...}}; got {wrong!r}')
+    wrong = [row for row in rows if not isinstance(row, dict)]
+    if wrong:
+        raise UserError(f'--dataset: {path}: every row must be an object like {{"prompt": ...}}; got {wrong[0]!r}')
     return rows
 
 
