@@ -85,11 +85,13 @@ class Worker:
         os.replace(temporary, folder / "rows.jsonl")
 
     def due(self, step: int) -> str | None:
-        kind, mark = self.faults.get(step), self.folder / f"fault-{step}"
-        if kind is None or mark.exists():
-            return None
-        mark.touch()
-        return kind
+        return None if (self.folder / f"fault-{step}").exists() else self.faults.get(step)
+
+    def happened(self, step: int, kind: str) -> None:
+        """Told outside the rows: a kill right after the fault takes the step's row, and the step is done without the fault."""
+        mark = self.folder / f".fault-{step}"
+        mark.write_text(kind)
+        os.replace(mark, self.folder / f"fault-{step}")
 
     def run(self, steps: int, until: float) -> None:
         with (self.folder / "rows.jsonl").open("a") as rows:
@@ -117,12 +119,15 @@ class Worker:
             responses[number % BATCH] = responses[number % BATCH][:0]
         fault = self.due(number)
         if fault == "raise":
+            self.happened(number, fault)
             raise LookupError("the reward's server is gone")
         scores = reward(responses)
         if fault == "nan":
             self.refused(FloatingPointError, queries, responses, [*scores[1:], torch.tensor(float("nan"))])
         if fault == "empty":
             self.refused(ValueError, queries, [r[:0] for r in responses], scores)
+        if fault:
+            self.happened(number, fault)
         stats = made.step(queries, responses, scores)
         return {
             "step": number,
@@ -176,7 +181,7 @@ def go(model: str, folder: Path, faults: dict[int, str], kills: list[int], steps
     """Start again until it ends; None when the time is up first. kills: steps after which kill -9 comes, at any moment."""
     folder.mkdir(parents=True, exist_ok=True)
     state_file, rng = folder / "starts.json", random.Random(time.time())
-    told = json.loads(state_file.read_text()) if state_file.exists() else {"starts": 0, "raised": 0, "killed": []}
+    told = json.loads(state_file.read_text()) if state_file.exists() else {"starts": 0, "killed": []}
     while not (folder / "digest").exists():
         if time.time() > until:
             return None
@@ -184,17 +189,15 @@ def go(model: str, folder: Path, faults: dict[int, str], kills: list[int], steps
         pid, left = start(model, folder, faults, steps, until), kills[len(told["killed"]) :]
         done, status = 0, 0
         while not done:
-            if left and len(read(folder)) >= left[0]:
-                time.sleep(rng.uniform(0, 0.3))
+            if left and len(rows := read(folder)) >= left[0]:
+                time.sleep(rng.uniform(0, 1.5 * rows[-1]["seconds"]))
                 os.kill(pid, signal.SIGKILL)
                 left = []
             done, status = os.waitpid(pid, os.WNOHANG)
             time.sleep(0.005)
         if os.WIFSIGNALED(status):
             told["killed"].append(len(read(folder)))
-        elif os.WEXITSTATUS(status) == 3:
-            told["raised"] += 1
-        elif status:
+        elif os.WEXITSTATUS(status) not in (0, 3):
             raise RuntimeError(f"a worker ended with status {os.WEXITSTATUS(status)}")
         state_file.write_text(json.dumps(told))
     return told
@@ -203,14 +206,15 @@ def go(model: str, folder: Path, faults: dict[int, str], kills: list[int], steps
 def report(folder: Path, told: dict, steps: int) -> dict:
     faulty, straight = (read(folder / name) for name in ("faulty", "straight"))
     numbers = [[(row["step"], row["reward"], row["kl"], row["kl_coef"]) for row in rows] for rows in (faulty, straight)]
+    happened = [mark.read_text() for mark in (folder / "faulty").glob("fault-*")]
     later = [row["rss_mib"] for row in straight[len(straight) // 5 :]]
     found = {
         "steps": steps,
         "starts": told["starts"],
         "killed_after_step": told["killed"],
-        "reward_raised": told["raised"],
-        "nan_scores": sum(row["fault"] == "nan" for row in faulty),
-        "empty_batches": sum(row["fault"] == "empty" for row in faulty),
+        "reward_raised": happened.count("raise"),
+        "nan_scores": happened.count("nan"),
+        "empty_batches": happened.count("empty"),
         "same_weights": (folder / "faulty/digest").read_text() == (folder / "straight/digest").read_text(),
         "same_curve": numbers[0] == numbers[1],
         "reward_first_last": [sum(r["reward"] for r in part) / len(part) for part in (faulty[:20], faulty[-20:])],
@@ -267,7 +271,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     trainer(options.model)  # imports what the forks need; this process never trains
     until = time.time() + options.seconds
     faults = plan(options.steps, options.seed)
-    kills = sorted(random.Random(options.seed + 1).sample(range(1, options.steps), options.kills))
+    kills = sorted(random.Random(options.seed + 1).sample(range(1, options.steps - 2), options.kills))
     told = go(options.model, options.folder / "faulty", faults, kills, options.steps, until)
     if told is None or go(options.model, options.folder / "straight", {}, [], options.steps, until) is None:
         print("time is up; the same command goes on")

@@ -1,5 +1,6 @@
 """The loop and the run's folder with a trainer made of paper: order, records, and every way a run can end."""
 
+import errno
 import json
 import os
 import resource
@@ -204,6 +205,24 @@ def test_a_full_disk_is_named(tmp_path):
     folder.metrics = open("/dev/full", "w")  # noqa: SIM115
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left on device.*--output-dir"):
         folder.write_step(step())
+
+
+def test_a_full_disk_under_tensorboard_is_named_once(tmp_path, monkeypatch, capfd):
+    """tensorboard writes in a thread of its own, whose traceback would stand in the middle of the message."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    folder = RunFolder(tmp_path)
+    folder.write_step(step())
+    folder.board.flush()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+        folder.write_step(step(2))
+        folder.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

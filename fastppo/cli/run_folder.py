@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,22 @@ def writing(path: Path) -> Iterator[None]:
         raise disk_error(path, error) from error
 
 
+@contextlib.contextmanager
+def quiet_tensorboard() -> Iterator[None]:
+    """tensorboard's own thread raises what its next write or close() raises in ours: without the thread's traceback."""
+    before = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 class RunFolder:
     """Creates the folder (a new one, or an empty one, unless `overwrite`) and writes a run into it as it goes.
 
@@ -44,6 +61,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False):
         self.path, self.board, self.purge_step = Path(path), None, None
+        self.cleanup = contextlib.ExitStack()
         with writing(self.path):
             if resume:
                 self.metrics = (self.path / METRICS).open("a", encoding="utf-8")
@@ -88,6 +106,7 @@ class RunFolder:
             if self.board is None:
                 from torch.utils.tensorboard import SummaryWriter
 
+                self.cleanup.enter_context(quiet_tensorboard())
                 self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.purge_step)
             for name, value in step.metrics.items():
                 self.board.add_scalar(name, value, step.number)
@@ -126,7 +145,7 @@ class RunFolder:
         return target
 
     def close(self) -> None:
-        with writing(self.path):
+        with self.cleanup, writing(self.path):
             if self.board is not None:
                 self.board.close()
             self.metrics.close()
