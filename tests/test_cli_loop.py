@@ -207,6 +207,7 @@ def test_a_full_disk_is_named(tmp_path):
         folder.write_step(step())
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_under_tensorboard_is_named_once(tmp_path, monkeypatch, capfd):
     """tensorboard writes in a thread of its own, whose traceback would stand in the middle of the message."""
     from tensorboard.summary.writer.record_writer import RecordWriter
