@@ -1,71 +1,118 @@
 """The learning task's curves by precision and by where old log-probs come from, over seeds; a plot.
 
-python bench/learning_curves.py --stories FOLDER --out docs/img/learning_curves.png [--seeds 0,1,2,3,4] [--steps 20]
-float32 with old_logprobs="recompute", bfloat16, and old_logprobs="rollout": mean score per step, one line per seed, and the
-mean over seeds. The numbers go to a .json beside the plot.
+python bench/learning_curves.py --stories FOLDER [--trl-python PATH] [--seeds 0,1,2,3,4] [--steps 40] [--seconds 240]
+float32 with old_logprobs="recompute", bfloat16 with old_logprobs="rollout", float32 with "rollout", and TRL 0.11.4 where its
+python is given. Each finished run is a line of bench/results/learning_curves.jsonl, and is not run again: --seconds ends a call
+before its next run, the call that finds all runs there appends the rows of learning_curves.csv and draws --plot.
 """
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
 
-import torch
-from accelerate.state import AcceleratorState
-
 sys.path.insert(0, str(Path(__file__).parent))
-from loop_worker import Stories
+import harness
+from bench_loop import Side
 
-import fastppo
-
+RUNS = harness.RESULTS / "learning_curves.jsonl"
+PLOT = harness.ROOT / "docs" / "img" / "learning_curves.png"
+BF16 = {"mixed_precision": "bf16"}
 VARIANTS = {
     "float32, recompute": {"old_logprobs": "recompute"},
-    "bfloat16, recompute": {"old_logprobs": "recompute", "mixed_precision": "bf16"},
     "float32, rollout": {"old_logprobs": "rollout"},
+    "bfloat16, rollout": {"old_logprobs": "rollout", **BF16},
 }
+TRL = "TRL 0.11.4, float32"
+LAST = 10  # steps whose mean is a run's result
 
 
-def curve(folder: str, seed: int, steps: int, config: dict) -> list[float]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    task = Stories(fastppo, {"model": folder, "seed": seed, "config": config})
-    return [float(task.iteration()["stats"]["ppo/mean_scores"]) for _ in range(steps)]
+def run(variant: str, seed: int, options) -> dict:
+    """Mean score and KL of every step of one run, in a process of its own."""
+    spec = {"model": options.stories, "seed": seed, "threads": options.threads}
+    if variant == TRL:
+        side = Side(variant, options.trl_python, "trl", spec)
+    else:
+        side = Side(variant, sys.executable, "fastppo", spec | {"config": VARIANTS[variant]})
+    for _ in range(options.steps):
+        side.run(keep=True)
+    side.close()
+    found = {key: [round(result[key], 5) for result in side.results] for key in ("reward", "kl")}
+    return {"variant": variant, "seed": seed, "commit": harness.commit(), **found}
 
 
-def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
+def finished(steps: int) -> dict[tuple[str, int], dict]:
+    runs = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    return {(r["variant"], r["seed"]): r for r in runs if len(r["reward"]) == steps}
+
+
+def by_variant(runs: list[dict], variant: str) -> list[list[float]]:
+    return [r["reward"] for r in runs if r["variant"] == variant]
+
+
+def plot(runs: list[dict], variants: list[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    for number, (name, runs) in enumerate(curves.items()):
-        for run in runs:
-            axis.plot(run, color=f"C{number}", alpha=0.25, linewidth=0.8)
-        axis.plot(torch.tensor(runs).mean(0), color=f"C{number}", linewidth=2, label=name)
-    axis.set_xlabel("step")
-    axis.set_ylabel("mean score of 32 stories")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for number, variant in enumerate(variants):
+        curves = by_variant(runs, variant)
+        for curve in curves:
+            axis.plot(range(1, len(curve) + 1), curve, color=f"C{number}", alpha=0.2, linewidth=0.8)
+        mean = [statistics.mean(step) for step in zip(*curves, strict=True)]
+        axis.plot(range(1, len(mean) + 1), mean, color=f"C{number}", linewidth=2, label=f"{variant}, {len(curves)} seeds")
+    axis.set(xlabel="step", ylabel="mean score of 32 stories", title="stories260K, happy words less sad words")
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=90)
+
+
+def write_rows(runs: list[dict], variants: list[str], steps: int, csv: bool) -> None:
+    """One row per variant: the mean score of the last steps, over seeds."""
+    for variant in variants:
+        last = [statistics.mean(curve[-LAST:]) for curve in by_variant(runs, variant)]
+        kl = statistics.mean(r["kl"][-1] for r in runs if r["variant"] == variant)
+        error = statistics.stdev(last) / len(last) ** 0.5 if len(last) > 1 else 0.0
+        note = (
+            f"mean score of the last {LAST} of {steps} steps: {statistics.mean(last):.3f} (standard error {error:.3f} over "
+            f"{len(last)} seeds: {', '.join(f'{x:.2f}' for x in last)}); KL at the end {kl:.1f} nats"
+        )
+        print(f"{variant}: {note}")
+        if csv:
+            dtype = "bfloat16" if variant.startswith("bfloat16") else "float32"
+            shape = f"stories260K {steps} steps of 32"
+            harness.write_row("learning_curves", "cpu", variant=variant, dtype=dtype, shape=shape, note=note)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--trl-python", help="python of an environment with trl==0.11.4")
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after this long")
+    parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--no-csv", dest="csv", action="store_false")
     options = parser.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    curves = {
-        name: [curve(options.stories, seed, options.steps, config) for seed in seeds]
-        for name, config in VARIANTS.items()
-    }
-    options.out.with_suffix(".json").write_text(json.dumps(curves))
-    plot(curves, options.out)
-    for name, runs in curves.items():
-        last_S = torch.tensor(runs)[:, -5:].mean(1)
-        print(f"{name}: last five steps {last_S.mean():.3f}, by seed {[round(float(x), 3) for x in last_S]}")
+    variants = [*VARIANTS, *([TRL] if options.trl_python else [])]
+    wanted = [(variant, int(seed)) for seed in options.seeds.split(",") for variant in variants]
+    start, done = time.monotonic(), finished(options.steps)
+    for key in wanted:
+        if key in done:
+            continue
+        if time.monotonic() - start > options.seconds:
+            print(f"{sum(key in done for key in wanted)} of {len(wanted)} runs are there; run this again")
+            return
+        done[key] = run(*key, options)
+        with RUNS.open("a") as file:
+            print(json.dumps(done[key]), file=file)
+    runs = [done[key] for key in wanted]
+    write_rows(runs, variants, options.steps, options.csv)
+    plot(runs, variants, options.plot)
 
 
 if __name__ == "__main__":
