@@ -3,6 +3,7 @@
 python bench/bench_loop.py [--trl-python PATH] [--stories FOLDER] [--workloads tiny,tiny-ragged,124m,...] [--rounds 5]
 --trl-python: the python of an environment with trl==0.11.4, transformers==4.45.2 and the same torch. Every round runs one
 iteration of each side; printed are the medians, the ratio of the medians, and the peak memory of each process.
+--pool FILE: rounds of earlier calls with the same file count as well (long workloads in slices; --no-csv but for the last).
 """
 
 import argparse
@@ -51,12 +52,33 @@ class Side:
         self.process.stdin.close()
         self.process.wait()
 
+    def pool(self, path: Path, workload: str) -> None:
+        """Keep this call's results in `path`, and take those of earlier calls from it."""
+        earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        key = {"side": self.name, "workload": workload}
+        with path.open("a") as file:
+            file.writelines(json.dumps(key | result) + "\n" for result in self.results)
+        self.results = [r for r in earlier if key.items() <= r.items()] + self.results
+
     def median(self, key: str) -> float:
         return statistics.median(result[key] for result in self.results)
 
     def rate(self) -> float:
         """Response tokens per second of the loop."""
         return statistics.median(r["tokens"] / (r["gen_s"] + r["step_s"]) for r in self.results)
+
+
+def note(side: Side) -> str:
+    """What a row says beside its time."""
+    last, rounds = side.results[-1], len(side.results)
+    text = (
+        f"{side.rate():.1f} response tok/s; generate {side.median('gen_s'):.3f} s, step {side.median('step_s'):.3f} s; "
+        f"peak {last['peak_mb']:.0f} MB, {last['imports_mb']:.0f} after the imports; median of {rounds}"
+    )
+    if "needed_s" in last:
+        share = side.median("step_s") / side.median("needed_s")
+        text += f"; step {share:.2f} x its needed FLOPs at {side.median('matmul_gflops'):.0f} GFLOP/s (product measured in the run)"
+    return text
 
 
 def sides(options, spec: dict) -> list[Side]:
@@ -77,16 +99,14 @@ def measure(options, bench: str, workload: str, spec: dict) -> list[Side]:
             side.run(keep=round_ >= options.warmup)
     for side in made:
         side.close()
+        if options.pool:
+            side.pool(options.pool, workload)
     base = next((side for side in made if side.name.startswith("trl")), None)
     rows = []
     for side in made:
         seconds = side.median("gen_s") + side.median("step_s")
         ratio = f"{side.rate() / base.rate():.2f}" if base else ""
-        note = (
-            f"{side.rate():.1f} response tok/s; generate {side.median('gen_s'):.3f} s, step {side.median('step_s'):.3f} s; "
-            f"peak {side.results[-1]['peak_mb']:.0f} MB; median of {options.rounds}"
-        )
-        rows.append({"variant": side.name, "ms": f"{seconds * 1e3:.1f}", "speedup": ratio, "note": note})
+        rows.append({"variant": side.name, "ms": f"{seconds * 1e3:.1f}", "speedup": ratio, "note": note(side)})
         if options.csv:
             dtype = "bfloat16" if "bf16" in side.name else "float32"
             harness.write_row(bench, "cpu", shape=workload, dtype=dtype, **rows[-1])
@@ -105,6 +125,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget", type=int, default=None, help="max_tokens_per_micro_batch")
+    parser.add_argument("--pool", type=Path, metavar="FILE")
     parser.add_argument("--no-bf16", dest="bf16", action="store_false")
     parser.add_argument("--no-csv", dest="csv", action="store_false")
     options = parser.parse_args()

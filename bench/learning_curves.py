@@ -64,7 +64,9 @@ def plot(runs: list[dict], variants: list[str], path: Path) -> None:
         for curve in curves:
             axis.plot(range(1, len(curve) + 1), curve, color=f"C{number}", alpha=0.2, linewidth=0.8)
         mean = [statistics.mean(step) for step in zip(*curves, strict=True)]
-        axis.plot(range(1, len(mean) + 1), mean, color=f"C{number}", linewidth=2, label=f"{variant}, {len(curves)} seeds")
+        axis.plot(
+            range(1, len(mean) + 1), mean, color=f"C{number}", linewidth=2, label=f"{variant}, {len(curves)} seeds"
+        )
     axis.set(xlabel="step", ylabel="mean score of 32 stories", title="stories260K, happy words less sad words")
     axis.legend(loc="lower right")
     figure.savefig(path, dpi=90)

@@ -130,10 +130,25 @@ def reward(text: str) -> float:
     return max(-3.0, min(3.0, float(happy - sad)))
 
 
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def needed(stats: dict) -> dict:
+    """Seconds that the step's needed FLOPs take at the matrix product's rate here, and that rate; fastppo measures both."""
+    if "fastppo/matmul_flops_per_s" not in stats:
+        return {}
+    stages = {"prepare": "forward_pass", "optimise": "optimize_step"}
+    seconds = sum(stats[f"fastppo/{name}_mfu"] * stats[f"time/ppo/{stage}"] for name, stage in stages.items())
+    return {"needed_s": float(seconds), "matmul_gflops": float(stats["fastppo/matmul_flops_per_s"]) / 1e9}
+
+
 def main() -> None:
     package, spec = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(spec["threads"])
     lib = importlib.import_module(package)
+    importlib.import_module(f"{package}.trainer.ppo_trainer")  # lazily imported
+    imports_mb = peak_mb()
     workload = (Stories if "seed" in spec else Synthetic)(lib, spec)
     # tokens/s etc. go to the real standard output; libraries may print
     out, sys.stdout = sys.stdout, sys.stderr
@@ -142,7 +157,7 @@ def main() -> None:
         stats = result.pop("stats")
         result["reward"] = float(stats["ppo/mean_scores"])
         result["kl"] = float(stats["objective/kl"])
-        result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        result |= {"imports_mb": imports_mb, "peak_mb": peak_mb(), **needed(stats)}
         print(json.dumps(result), file=out, flush=True)
 
 

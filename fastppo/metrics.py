@@ -10,6 +10,7 @@ Suffixes: B sequences, T predicted positions.
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -40,6 +41,24 @@ class Clock:
         return {f"time/ppo/{name}": s for name, s in self.seconds.items()} | {
             "time/ppo/total": self._now() - self._start
         }
+
+
+@dataclass
+class Generated:
+    """Response tokens and seconds of generate() since the last step()."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def timed(self, device: torch.device):
+        clock = Clock(device)
+        with clock.stage("generate"):
+            yield
+        self.seconds += clock.seconds["generate"]
+
+    def stats(self) -> dict[str, float]:
+        return {"fastppo/generate_tokens_per_s": self.tokens / self.seconds} if self.tokens else {}
 
 
 def objective_stats(kl_coef: float, masks, kls, logprobs, ref_logprobs, non_score_reward, scores) -> dict:

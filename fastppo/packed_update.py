@@ -49,6 +49,11 @@ def mismatch(log_ratio_R: torch.Tensor) -> Mismatch:
     return Mismatch(float(distance_R.mean()), float(distance_R.max()), float(outside_R.float().mean()))
 
 
+def out_of_memory(error: Exception) -> bool:
+    """A GPU's allocator has an error of its own, torch's on a CPU raises a RuntimeError, C++ and numpy a MemoryError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 class PackedLearner:
     """learn(group) for update.optimise, over one Experience."""
 
@@ -74,8 +79,8 @@ class PackedLearner:
                 results = [
                     self._minibatch(*x, i not in dropped) for i, x in enumerate(zip(micros, shares, strict=True))
                 ]
-            except torch.OutOfMemoryError:
-                if self.hooked:
+            except (MemoryError, RuntimeError) as error:
+                if self.hooked or not out_of_memory(error):
                     raise
                 self._forget()
                 self._halve_budget(group)

@@ -131,14 +131,16 @@ def apply_step(trainer, group) -> bool:
     accelerator.unscale_gradients(trainer.optimizer)
     norm = clip(trainer.model_params, config.max_grad_norm)
     watched = [] if accelerator.scaler is not None else list(_watched(group, norm))
-    # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
-    fine = all(trainer._guard.allows(what, value, rows, trainer._steps_done) for what, value, rows in watched)
-    if trainer.is_distributed:
-        everywhere = accelerator.gather(torch.tensor([float(fine)], device=trainer.current_device))
-        fine = bool(everywhere.all())
-    if fine:
-        trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    try:
+        # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
+        fine = all(trainer._guard.allows(what, value, rows, trainer._steps_done) for what, value, rows in watched)
+        if trainer.is_distributed:
+            everywhere = accelerator.gather(torch.tensor([float(fine)], device=trainer.current_device))
+            fine = bool(everywhere.all())
+        if fine:
+            trainer.optimizer.step()
+    finally:  # also where the guard stops: the next step's gradients would be added to these
+        trainer.optimizer.zero_grad()
     return fine
 
 

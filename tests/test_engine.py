@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from golden_cases import batches, trainer
+from golden_cases import batches, trainer, weights
 
 import fastppo
 from fastppo import attention, packed
@@ -221,3 +221,37 @@ def test_hooks_on_gradients_still_run():
     model, seen = made("llama"), []
     model.pretrained_model.model.norm.weight.register_hook(seen.append)
     assert "hooks" in engine_of(model)
+
+
+@pytest.mark.parametrize("error", [MemoryError("std::bad_alloc"), RuntimeError("alloc_cpu.cpp: can't allocate memory")])
+def test_out_of_memory_halves_the_budget_and_gives_the_same_weights(error, monkeypatch, caplog):
+    """The kernel fails once, at the end of a backward pass: gradients are there that must not count."""
+    after, backward = [], kernels.embedding_backward
+    for fails in (0, 1):
+        made = trainer(fastppo, {"model": "gpt2", "sgd": True})  # Adam would make much of a rounding
+        left = [error] * fails
+
+        def failing(*args, left=left):
+            backward(*args)
+            if left:
+                raise left.pop()
+
+        monkeypatch.setattr(kernels, "embedding_backward", failing)
+        np.random.seed(0)
+        with caplog.at_level("WARNING"):
+            for data in batches({}, 2):
+                made.step(*data)
+        assert not left
+        after.append(weights(made))
+    assert caplog.text.count("out of memory: max_tokens_per_micro_batch is") == 1
+    for got, want in zip(*reversed(after), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_other_errors_of_a_kernel_are_not_taken_for_memory(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(kernels, "embedding_backward", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer(fastppo, {"model": "gpt2"}).step(*next(batches({}, 1)))

@@ -116,7 +116,6 @@ def test_init_warns():
         (lambda q, r, s: (q, [x[:0] for x in r], s), "every response is empty"),
         (lambda q, r, s: (q, r, s, [torch.ones(1)] * 4), r"masks\[0\] must have the shape of its response"),
         (lambda q, r, s: ([q[0].float(), *q[1:]], r, s), r"queries\[0\] must be a 1-D tensor of token ids"),
-        (lambda q, r, s: ([torch.ones(80, dtype=torch.long), *q[1:]], r, s), "the model's limit is 64"),
     ],
 )
 def test_step_refuses(made, spoil, message):
@@ -281,6 +280,29 @@ def test_empty_and_one_token_responses(packed):
     stats = made.step(queries, responses, scores)
     assert np.isfinite(stats["ppo/loss/total"]) and changed(before, made)
     assert stats["objective/kl_dist"][1] == 0
+
+
+def test_a_response_of_only_padding_is_tokens_like_any_other():
+    """Who hands over pad tokens means them; response_masks is there for those that should not count."""
+    stats = []
+    for packed in (True, False):
+        queries, responses, scores, _ = batch()
+        made = trainer(fastppo, {}, packed=packed)
+        responses[1] = torch.full_like(responses[1], made.tokenizer.pad_token_id)
+        np.random.seed(0)
+        stats.append(made.step(queries, responses, scores))
+        assert stats[-1]["tokens/responses_dist"][1] == len(responses[1])
+    for key in ("ppo/loss/total", "ppo/policy/approxkl", "objective/kl", "ppo/mean_non_score_reward"):
+        assert stats[0][key] == pytest.approx(stats[1][key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sequence_past_the_models_limit_is_refused(packed):
+    made = trainer(fastppo, {}, packed=packed)
+    queries, responses, scores, _ = batch()
+    queries[2] = torch.ones(64, dtype=torch.long)
+    with pytest.raises(ValueError, match=rf"sequence 2 has 64 \+ {len(responses[2])} tokens, the model's limit is 64"):
+        made.step(queries, responses, scores)
 
 
 def test_gradient_checkpointing_runs_and_changes_nothing():

@@ -46,6 +46,14 @@ def test_rollout_logprobs_save_a_pass_and_agree():
         assert values == pytest.approx([values[0]] * 3, rel=1e-3, abs=1e-4), name
 
 
+def test_statistics_tell_how_fast_responses_were_sampled(made):
+    data = rollout(made, batch_size=2)
+    assert made._generated.tokens == sum(map(len, data[1])) and made._generated.seconds > 0
+    rate = made._generated.tokens / made._generated.seconds
+    assert made.step(*data)["fastppo/generate_tokens_per_s"] == rate
+    assert "fastppo/generate_tokens_per_s" not in made.step(*batch())  # responses from elsewhere
+
+
 def test_rollouts_that_disagree_are_recomputed(caplog):
     wanted = None
     for spoiled in (False, True):
@@ -75,38 +83,64 @@ def test_rollouts_are_forgotten_when_weights_change(made):
 # --- accidents --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bad", ["nan", "inf"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("action", ["stop", "skip"])
-def test_a_nan_score_changes_nothing(packed, action):
+def test_a_score_that_is_no_number_changes_nothing(packed, action, bad):
     made = trainer(fastppo, {"config": {"use_score_scaling": True}}, on_nonfinite=action, packed=packed)
     queries, responses, scores, _ = batch()
     made.step(queries, responses, scores)
     before, kl, mean = weights(made), made.kl_ctl.value, made.running.mean
-    scores[2] = torch.tensor(float("nan"))
+    scores[2] = torch.tensor(float(bad))
     if action == "stop":
-        with pytest.raises(NonFinite, match=r"score is nan for sequence \[2\] of the batch \(step 1\)"):
+        with pytest.raises(NonFinite, match=rf"score is {bad} for sequence \[2\] of the batch \(step 1\)"):
             made.step(queries, responses, scores)
     else:
-        with pytest.warns(RuntimeWarning, match=r"score is nan for sequence \[2\]"):
+        with pytest.warns(RuntimeWarning, match=rf"score is {bad} for sequence \[2\]"):
             assert made.step(queries, responses, scores)["fastppo/skipped"] == 1.0
     assert not changed(before, made) and (made.kl_ctl.value, made.running.mean) == (kl, mean)
     scores[2] = torch.tensor(0.5)
     assert np.isfinite(made.step(queries, responses, scores)["ppo/loss/total"])
 
 
+def declined(made, action: str, message: str) -> None:
+    """A step on nothing but bad mini-batches leaves weights, optimizer and moments alone; the next step learns."""
+    before, moments = weights(made), vars(made.running).copy()
+    if action == "stop":
+        with pytest.raises(NonFinite, match=message + r" in mini-batch rows \[.*\] of step 0"):
+            made.step(*batch())
+        assert vars(made.running) == moments
+    else:
+        with pytest.warns(RuntimeWarning, match=message):
+            made.step(*batch())
+    assert not changed(before, made) and not made.optimizer.state_dict()["state"]
+    assert all(p.grad is None for p in made.model.parameters()) and made._steps_done == 1
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("action", ["stop", "skip"])
-def test_a_nan_gradient_never_reaches_the_weights(packed, action):
-    made = trainer(fastppo, {}, on_nonfinite=action, packed=packed)
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(packed, action, bad):
+    made = trainer(fastppo, {"config": {"use_score_scaling": True}}, on_nonfinite=action, packed=packed)
+    hook = made.model.v_head.summary.weight.register_hook(lambda grad: torch.full_like(grad, float(bad)))
+    declined(made, action, f"gradient norm is {bad}")
+    hook.remove()
     before = weights(made)
-    made.model.v_head.summary.weight.register_hook(lambda grad: grad * float("nan"))
-    if action == "stop":
-        with pytest.raises(NonFinite, match=r"gradient norm is nan in mini-batch rows \[.*\] of step 0"):
-            made.step(*batch())
-    else:
-        with pytest.warns(RuntimeWarning, match="gradient norm is nan"):
-            made.step(*batch())
-    assert not changed(before, made)
+    assert np.isfinite(made.step(*batch())["ppo/loss/total"]) and changed(before, made)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_nan_loss_never_reaches_the_weights(packed, action):
+    """NaN values while learning, as from a kernel that fails; when they were prepared they were numbers."""
+    made = trainer(fastppo, {"config": {"use_score_scaling": True}}, on_nonfinite=action, packed=packed)
+    hook = made.model.v_head.register_forward_hook(
+        lambda module, args, value: value * float("nan") if torch.is_grad_enabled() else None
+    )
+    declined(made, action, "loss is nan")
+    hook.remove()
+    before = weights(made)
+    assert np.isfinite(made.step(*batch())["ppo/loss/total"]) and changed(before, made)
 
 
 def test_out_of_memory_halves_the_budget_and_gives_the_same_result(caplog):

@@ -131,3 +131,4 @@ def test_flops_worked_by_hand():
     )
     stats = made.step(*next(golden_cases.batches({}, 1)))
     assert 0 < stats["fastppo/optimise_mfu"] < 1.5 and 0 < stats["fastppo/prepare_mfu"] < 1.5
+    assert stats["fastppo/matmul_flops_per_s"] > 1e6

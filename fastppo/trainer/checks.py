@@ -73,6 +73,17 @@ def check_step(batch_size: int, device, queries, responses, scores, masks=None):
     return queries, responses, scores, None if masks is None else [mask.to(device) for mask in masks]
 
 
+def check_lengths(model, queries, responses) -> None:
+    """ValueError where query + response is longer than a decoder-only model can be."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
+        if limit and len(query) + len(response) > limit:
+            raise ValueError(
+                f"PPOTrainer.step: sequence {row} has {len(query)} + {len(response)} tokens, the model's limit is {limit} "
+                "(max_position_embeddings)"
+            )
+
+
 def _check_shapes(queries, responses, scores, masks) -> None:
     for name, tensors in (("queries", queries), ("responses", responses)):
         for row, ids in enumerate(tensors):

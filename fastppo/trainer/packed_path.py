@@ -38,7 +38,6 @@ class PackedPath:
 
     def prepare(self, queries, responses, scores_B, response_masks, clock: Clock) -> Experience:
         t = self.trainer
-        self._check_lengths(queries, responses)
         left, width = t.tokenizer.padding_side == "left", self._width(queries, responses)
         self._sequences = packed.sequences(queries, responses, response_masks, left, width)
         self._mismatch = None
@@ -119,16 +118,6 @@ class PackedPath:
             matrix_BT[row, first : first + len(values)] = values
         return matrix_BT
 
-    def _check_lengths(self, queries, responses) -> None:
-        config = self.trainer.accelerator.unwrap_model(self.trainer.model).config
-        limit = getattr(config, "max_position_embeddings", None)
-        for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
-            if limit and len(query) + len(response) > limit:
-                raise ValueError(
-                    f"PPOTrainer.step: sequence {row} has {len(query)} + {len(response)} tokens, the model's limit is "
-                    f"{limit} (max_position_embeddings)"
-                )
-
     # --- optimise -----------------------------------------------------------------------------------------------------
 
     def optimise(self, batch: Experience) -> tuple[Experience, list[dict]]:
@@ -192,6 +181,8 @@ class PackedPath:
             f"fastppo/{name}_mfu": flops.utilisation(forward * times, clock.seconds[stage], t.current_device, dtype)
             for name, (stage, times) in passes.items()
         }
+        rate = flops.matmul_flops_per_s(t.current_device, dtype, torch.get_num_threads())
+        stats["fastppo/matmul_flops_per_s"] = rate
         if self._mismatch is not None:
             stats |= {f"fastppo/mismatch_{name}": value for name, value in self._mismatch._asdict().items()}
         return stats

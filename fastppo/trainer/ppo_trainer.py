@@ -73,6 +73,7 @@ class PPOTrainer(BaseTrainer):
         self.current_step, self._steps_done = 0, 0
         self._guard = update.Guard(config.on_nonfinite)
         self._rollouts, self._generators = responses.RolloutCache(), {}
+        self._generated = metrics.Generated()  # since the last step()
         self._path = choose_path(self, default_collator=training_data_collator is None)
         self._rows = config.batch_size  # sequences of this step over all processes
 
@@ -98,7 +99,7 @@ class PPOTrainer(BaseTrainer):
         results = []
         for model in models:
             context = self.optional_peft_ctx if results else nullcontext
-            with context():
+            with context(), self._generated.timed(self.current_device):
                 results.append(
                     responses.classic(
                         self, model, query_tensor, length_sampler, batch_size, return_prompt, generation_kwargs
@@ -148,6 +149,8 @@ class PPOTrainer(BaseTrainer):
         with distributed.together(self.accelerator, "the check of step()'s arguments"):
             checked = self._step_safety_checker(self._size(queries), queries, responses, scores, response_masks)
             queries, responses, scores, response_masks = checked
+            if not self.is_encoder_decoder:
+                checks.check_lengths(self.accelerator.unwrap_model(self.model), queries, responses)
         self._rows = int(distributed.table(self.accelerator, [len(queries)]).sum())
         moments = snapshot(self.running)
         try:
@@ -160,15 +163,21 @@ class PPOTrainer(BaseTrainer):
             restore(self.running, moments)
             return self._abandon(str(error))
         self._push_if_best(scores_B)
-        with clock.stage("optimize_step"), determinism.algorithms(self.config):
-            batch, train_stats = self._path.optimise(batch)
+        try:
+            with clock.stage("optimize_step"), determinism.algorithms(self.config):
+                batch, train_stats = self._path.optimise(batch)
+        except NonFinite:
+            restore(self.running, moments)
+            self._leave_batch()
+            raise
         with clock.stage("calc_stats"):
             stats = self._statistics(batch, train_stats)
         self.kl_ctl.update(stats["objective/kl"], self._rows)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._leave_batch()
         stats |= metrics.throughput(batch, clock, self.config.ppo_epochs, self.current_device)
+        stats |= self._generated.stats()
+        self._leave_batch()
         stats |= self._path.extra_stats(batch, clock) | clock.timing()
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
 
@@ -185,6 +194,7 @@ class PPOTrainer(BaseTrainer):
 
     def _leave_batch(self) -> None:
         self._rollouts.clear()
+        self._generated = metrics.Generated()
         self._steps_done += 1
 
     def _push_if_best(self, scores_B) -> None:

@@ -100,6 +100,7 @@ def sampled(trainer, model, chunks, shape: Shape, options) -> list[torch.Tensor]
         if is_policy:
             trainer._rollouts.add(query, response, rollout.logprobs_BT[row], rollout.values_BT[row])
         outputs.append(response)
+    trainer._generated.tokens += sum(map(len, outputs))
     if not shape.remove_padding:
         outputs = padded_chunks(outputs, [len(chunk) * repeats for chunk in chunks], trainer.tokenizer.pad_token_id)
     if shape.return_prompt:
