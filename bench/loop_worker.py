@@ -146,6 +146,9 @@ def needed(stats: dict) -> dict:
 def main() -> None:
     package, spec = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(spec["threads"])
+    if not torch.version.cuda:
+        # TRL 0.11.4's environment has no triton; where it is installed, torch._dynamo imports it (70 MB), on a CPU to no use
+        sys.modules["triton"] = None
     lib = importlib.import_module(package)
     importlib.import_module(f"{package}.trainer.ppo_trainer")  # lazily imported
     imports_mb = peak_mb()
