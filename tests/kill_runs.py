@@ -1,10 +1,18 @@
-"""kill -9 at random moments of SFT, reward, late and classic PPO runs, start again the same way, compare the final weights.
+"""kill -9 at random moments of training, start again the same way, compare the final weights.
 
-A process of its own that never trains itself: it forks each run, so that a run costs no imports.
-Prints one JSON object: kind -> list of {"killed_after": seconds, "killed": bool, "equal": bool}.
+A process of its own that never trains itself: it forks each run, so that a run costs no imports. Kinds: the trainers in
+a script ("sft", "reward", "ppo", "classic") and the commands ("fastppo sft", "fastppo reward", "fastppo ppo", "fastppo pipeline").
+
+A moment is a number of calls: a run counts the Python and C functions that it calls and kills itself at the drawn one, so that
+nothing depends on how fast the machine is. Moments are drawn from the whole run, models and checkpoints included; with
+"on_disk" from its file operations alone, where a half-written checkpoint could come from; with "clock" they are
+seconds, and the parent kills (a run may then have ended before).
+Prints one JSON object: kind -> list of {"moment": share of the run, "killed": bool, "differs": names}.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -13,25 +21,45 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from datasets import Dataset
 from sft_cases import make_model, make_tokenizer, rows
 
 from fastppo import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from fastppo.cli import main as command
 from fastppo.experimental.ppo import PPOConfig, PPOTrainer
 
 CLASSIC_STEPS = 12
+# what a run tells Python's audit hooks about files; writing through torch shows in the renames and lists around it
+ON_DISK = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
 
 COMMON = dict(
     use_cpu=True, report_to="none", save_strategy="steps", save_steps=1, save_total_limit=2, disable_tqdm=True
 )
 COMMON |= dict(per_device_train_batch_size=4, learning_rate=1e-2, seed=7)
 
+STAGES = {
+    "sft": {"max_steps": 6, "gradient_accumulation_steps": 2},
+    "reward": {"max_steps": 6},
+    "ppo": {
+        "total_episodes": 20,
+        "response_length": 5,
+        "num_sample_generations": 0,
+        "probes": 2,
+        "num_mini_batches": 2,
+    },
+}
+
 
 def words(prompts, completions):
     return [float(len(set(text.split()))) for text in completions]
+
+
+# --- scripts ----------------------------------------------------------------------------------------------------------
 
 
 def build(kind: str, folder: str):
@@ -64,16 +92,75 @@ class Classic:
             self.steps.go_on(self.run, CLASSIC_STEPS, after=lambda: self.run.save_checkpoint(self.folder, keep=2))
 
 
-def child(kind: str, folder: str) -> None:
+def train(kind: str, folder: str) -> dict:
+    """The digest of the final weights."""
     run = Classic(folder) if kind == "classic" else build(kind, folder)
     run.train(resume_from_checkpoint="auto")
     digest = hashlib.sha256()
     for parameter in run.model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
-    Path(folder, "digest").write_text(digest.hexdigest())
+    return {"weights": digest.hexdigest()}
 
 
-def start(kind: str, folder: str) -> int:
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def write_inputs(folder: Path) -> None:
+    """model/, pairs.jsonl, rewards.py."""
+    make_model(seed=3).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    pairs = [json.dumps(row) for row in rows("pairs")]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs))
+    (folder / "rewards.py").write_text(
+        "def words(completions): return [float(len(set(c.split()))) for c in completions]\n"
+    )
+
+
+def train_by_command(kind: str, folder: str) -> dict:
+    """Digests of the models that the command wrote, and the training steps in its metrics."""
+    stage = kind.split()[1]
+    names = list(STAGES) if stage == "pipeline" else [stage]
+    values = {name: {**COMMON, "logging_steps": 1, **STAGES[name]} for name in names}
+    if stage != "pipeline":
+        values = values[stage] | ({"reward": "rewards.py:words", "prompt_column": "chosen"} if stage == "ppo" else {})
+    config = Path(f"{folder}.yaml")
+    config.write_text(yaml.safe_dump({"model": "model", "dataset": "pairs.jsonl", **values}))
+    argv = [stage, "--config", str(config), "--output-dir", folder]
+    if status := command(argv):
+        raise RuntimeError(f"{kind} ended with status {status}")
+    made = {}
+    for name in names:
+        path = Path(folder, name) if stage == "pipeline" else Path(folder)
+        made[f"{name} weights"] = hashlib.sha256((path / "model/model.safetensors").read_bytes()).hexdigest()
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        # a run killed between the checkpoint and the evaluation at an epoch's end goes on with the next epoch
+        made[f"{name} steps"] = [line["step"] for line in lines if not any(key.startswith("eval") for key in line)]
+    return made
+
+
+# --- moments ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def counted(moments: str, kill_at: int | None):
+    """Counts moments while the block runs and kills at number `kill_at`; yields a function that says how many there were."""
+    ticks, seen = itertools.count(1), [0]
+
+    def tick() -> None:
+        seen[0] = next(ticks)
+        if seen[0] == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if moments == "on_disk":
+        sys.addaudithook(lambda event, _: tick() if event in ON_DISK else None)
+    elif moments == "calls":
+        sys.setprofile(lambda frame, event, _: tick() if event in ("call", "c_call") else None)
+    yield lambda: seen[0]
+    sys.setprofile(None)
+
+
+def start(kind: str, folder: str, moments: str, kill_at: int | None) -> int:
+    """The process id of a new run. When it ends, `folder`.json holds what it made and how many moments it had."""
     pid = os.fork()
     if pid:
         return pid
@@ -81,7 +168,10 @@ def start(kind: str, folder: str) -> int:
     os.dup2(sink, 1)
     status = 1
     try:
-        child(kind, folder)
+        with counted(moments, kill_at) as count:
+            made = (train_by_command if " " in kind else train)(kind, folder)
+            found = {"made": made, "moments": count()}
+        Path(f"{folder}.json").write_text(json.dumps(found))
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -89,37 +179,49 @@ def start(kind: str, folder: str) -> int:
         os._exit(status)
 
 
-def finish(kind: str, folder: str) -> str:
-    status = os.waitpid(start(kind, folder), 0)[1]
+def finish(kind: str, folder: str, moments: str = "clock") -> dict:
+    """The result of a run that nobody kills."""
+    status = os.waitpid(start(kind, folder, moments, None), 0)[1]
     if status:
         raise RuntimeError(f"{kind} ended with status {status}")
-    return Path(folder, "digest").read_text()
+    return json.loads(Path(f"{folder}.json").read_text())
 
 
-def main(moments: dict[str, int]) -> dict:
+def killed_run(kind: str, moments: str, total: float, share: float, wanted: dict) -> dict:
+    with tempfile.TemporaryDirectory() as place:
+        folder = os.path.join(place, "run")
+        pid = start(kind, folder, moments, None if moments == "clock" else max(1, round(share * total)))
+        if moments == "clock":
+            time.sleep(share * total)
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        killed = not Path(f"{folder}.json").exists()
+        made = finish(kind, folder)["made"]
+    return {"moment": share, "killed": killed, "differs": [name for name in wanted if made[name] != wanted[name]]}
+
+
+def kill(kind: str, count: int, moments: str, draw: Callable[[], float]) -> list[dict]:
+    with tempfile.TemporaryDirectory() as place:
+        finish(kind, os.path.join(place, "warm"))
+        began = time.time()
+        whole = finish(kind, os.path.join(place, "run"), moments)
+        seconds = time.time() - began
+    total = seconds if moments == "clock" else whole["moments"]
+    return [killed_run(kind, moments, total, draw(), whole["made"]) for _ in range(count)]
+
+
+def main(kinds: dict[str, int], moments: str) -> dict:
+    """moments: "calls", "on_disk" or "clock"."""
     torch.set_num_threads(1)
-    draw, report = random.Random(), {}
-    for kind, count in moments.items():
-        with tempfile.TemporaryDirectory() as folder:
-            # imports what the runs will need
-            Classic(folder) if kind == "classic" else build(kind, folder)
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.time()
-            wanted = finish(kind, folder)
-            seconds = time.time() - began
-        report[kind] = []
-        for _ in range(count):
-            with tempfile.TemporaryDirectory() as folder:
-                delay = seconds * draw.uniform(0.1, 0.9)
-                pid = start(kind, folder)
-                time.sleep(delay)
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                killed = not Path(folder, "digest").exists()
-                equal = finish(kind, folder) == wanted
-                report[kind].append({"killed_after": round(delay, 3), "killed": killed, "equal": equal})
-    return report
+    draw = random.Random()
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
+        write_inputs(Path(place))
+        for kind in kinds:  # imports what the runs will need
+            if " " not in kind:
+                Classic(place) if kind == "classic" else build(kind, place)
+        return {kind: kill(kind, count, moments, lambda: draw.uniform(0.02, 0.95)) for kind, count in kinds.items()}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    print(json.dumps(main(json.loads(sys.argv[1]), sys.argv[2])))

@@ -80,4 +80,6 @@ def prompt_of(row: Row, words: int) -> dict[str, Any]:
 def write_rows(path: Path, rows: Sequence[Row], convert: Callable[[Row], Row]) -> None:
     lines = [json.dumps(convert(row), ensure_ascii=False, default=str) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.new")  # a pipeline that was killed here finds all rows or no file
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(path)
