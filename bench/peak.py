@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fastppo.kernels import _recycle
+
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -15,6 +17,7 @@ def _resident_bytes() -> int:
 def extra_mib(fn, device: torch.device, results_bytes: int) -> float:
     """Peak MiB during fn() beyond before it, less `results_bytes` that fn returns. On a CPU sampled every millisecond."""
     gc.collect()
+    _recycle.release()  # what an earlier call kept would not rise again
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

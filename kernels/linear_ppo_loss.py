@@ -9,7 +9,8 @@ of hidden, values, weight and bias are therefore made in the forward, chunk of r
 scales them. Tokens that the mask drops are left out, and tokens with zero gradient (clipped) leave the last two products.
 
 Extra memory: one chunk of logits (CHUNK_BYTES, at least one row), and for 16-bit inputs of more than one chunk a
-float32 accumulator of dweight [V, D]. The gradients live from the forward to the backward.
+float32 accumulator of dweight [V, D] and one tile of a chunk's part of it. The gradients live from the forward to the
+backward. On a CPU the chunk, and a dweight of at most KEPT_BYTES once nobody holds it, are kept for the next call.
 Suffixes: N tokens, D hidden, V vocabulary, R rows of a chunk.
 """
 
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.kernels import _recycle
 from fastppo.kernels import linear_logprob as tiles
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels._to_host import ToHost
@@ -26,7 +28,10 @@ from fastppo.kernels.linear_logprob import Head, Scales, autocast_inputs, check_
 from fastppo.kernels.logprob import DTYPE_CODES, check_temperature, check_tokens, once
 from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOLossOptions, PPOStats, ppo_loss, ppo_loss_reference
 
-CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 1280 * 2**20}
+# By device and bytes of an element. On a CPU torch's float32 products need up to 35 MiB of their own beside the chunk, and
+# 16-bit chunks after the first an accumulator that is larger than what a smaller chunk would save.
+CHUNK_BYTES = {("cpu", 4): 80 * 2**20, ("cpu", 2): 100 * 2**20, ("cuda", 4): 1280 * 2**20, ("cuda", 2): 1280 * 2**20}
+KEPT_BYTES = 256 * 2**20
 MOVE_ROWS = 64
 
 
@@ -157,8 +162,15 @@ def cpu_chunk(tile_RV, scales: Scales, bias_V, rows: Rows, loss: Loss, want_grad
 
 def chunk_rows(count: int, vocab: int, itemsize: int, device_type: str) -> int:
     """Rows of a chunk: as many as CHUNK_BYTES holds, evened out over the chunks."""
-    most = max(1, CHUNK_BYTES[device_type] // (vocab * itemsize))
+    most = max(1, CHUNK_BYTES[device_type, itemsize] // (vocab * itemsize))
     return -(-count // -(-count // most)) if count else 1
+
+
+def recycled(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device, most: int) -> Tensor:
+    """torch.empty(rows, columns). On a CPU `name`'s last memory again: page faults are a quarter of a bfloat16 call."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    return _recycle.empty(f"linear_ppo_loss {name}", (rows, columns), dtype, most)
 
 
 def _first(on_R: Tensor, count: int) -> Tensor:
@@ -184,7 +196,7 @@ class GradientSums:
         exact = chunks > 1 and hidden_ND.element_size() == 2
         dtype = torch.float32 if exact else hidden_ND.dtype
         shape, device = head.weight_VD.shape, hidden_ND.device
-        self.dweight_VD = torch.empty(shape, dtype=dtype, device=device) if needs[2] else None
+        self.dweight_VD = recycled("dweight", *shape, dtype, device, KEPT_BYTES) if needs[2] else None
         self.dbias_V = torch.zeros(len(head.weight_VD), device=hidden_ND.device) if needs[3] else None
         self.empty = True
 
@@ -194,13 +206,20 @@ class GradientSums:
         if self.dbias_V is not None:
             self.dbias_V += dlogits_RV.sum(0, dtype=torch.float32)
         if self.dweight_VD is not None:
-            if not self.empty:
-                tiles.add_product(self.dweight_VD, dlogits_RV.t(), hidden_RD)
-            elif self.dweight_VD.dtype == hidden_RD.dtype:
-                torch.mm(dlogits_RV.t(), hidden_RD, out=self.dweight_VD)
-            else:
-                self.dweight_VD.copy_(torch.mm(dlogits_RV.t(), hidden_RD))
+            self._add_dweight(dlogits_RV, hidden_RD)
         self.empty = False
+
+    def _add_dweight(self, dlogits_RV: Tensor, hidden_RD: Tensor) -> None:
+        whole = self.dweight_VD.dtype == hidden_RD.dtype
+        if whole and self.empty:
+            torch.mm(dlogits_RV.t(), hidden_RD, out=self.dweight_VD)
+            return
+        if self.empty:
+            self.dweight_VD.zero_()
+        vocab, depth = self.dweight_VD.shape
+        step = vocab if whole else max(1, tiles.TILE_BYTES[hidden_RD.device.type] // (depth * hidden_RD.element_size()))
+        for span in tiles.spans(vocab, step):  # 16-bit products are made before they are added: a tile at a time
+            tiles.add_product(self.dweight_VD[span], dlogits_RV[:, span].t(), hidden_RD)
 
 
 def run_chunks(chunk: Callable, rows: Rows, head: Head, scales: Scales, loss: Loss, needs: tuple[bool, ...]):
@@ -210,7 +229,8 @@ def run_chunks(chunk: Callable, rows: Rows, head: Head, scales: Scales, loss: Lo
     size = chunk_rows(count, vocab, hidden_ND.element_size(), device.type)
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
     sums = GradientSums(hidden_ND, head, max(1, -(-count // size)), needs)
-    workspace = hidden_ND.new_empty(min(size, count), vocab)
+    most = CHUNK_BYTES[device.type, hidden_ND.element_size()]
+    workspace = recycled("chunk", min(size, count), vocab, hidden_ND.dtype, device, most)
     parts = []
     for span in tiles.spans(count, size) if count else [slice(0, 0)]:  # no token: the loss is 0, the statistics too
         part_rows = rows.take(span)

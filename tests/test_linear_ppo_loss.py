@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_cases import DTYPES, assert_as_exact_as_torch, tiny_of
 
+from fastppo.kernels import _recycle
 from fastppo.kernels import linear_ppo_loss as room
 from fastppo.kernels.linear_logprob import Head, linear_logprob_reference
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
@@ -22,7 +23,7 @@ OPTIONS = {
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Four rows of 517 float32 logits a chunk."""
-    monkeypatch.setattr(room, "CHUNK_BYTES", {"cpu": 4 * 517 * 4, "cuda": 4 * 517 * 4})
+    monkeypatch.setattr(room, "CHUNK_BYTES", {(kind, size): 4 * 517 * 4 for kind in ("cpu", "cuda") for size in (2, 4)})
     monkeypatch.setattr(room, "MOVE_ROWS", 2)
 
 
@@ -284,14 +285,17 @@ def test_same_as_the_two_rooms(device):
     assert ours[0].item() == pytest.approx(loss.item(), abs=1e-6)
 
 
-def test_memory_is_bounded(device, monkeypatch):
-    """Beyond the gradients: one chunk of logits and what belongs to single rows."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_bounded(device, monkeypatch, dtype):
+    """Beyond the gradients: one chunk of logits, what belongs to single rows, and for bfloat16 dweight in float32 and a tile."""
     if device.type != "cpu":
         pytest.skip("counts CPU allocations")
-    N, D, V = 256, 16, 50_257  # logits: 49 MiB
-    monkeypatch.setattr(room, "CHUNK_BYTES", {"cpu": 8 * 2**20})
+    N, D, V, size = 256, 16, 50_257, dtype.itemsize  # float32 logits: 49 MiB
+    monkeypatch.setattr(room, "CHUNK_BYTES", {("cpu", size): 2 * size * 2**20})
+    monkeypatch.setattr(room.tiles, "TILE_BYTES", {"cpu": 2**19})
+    _recycle.release()  # all memory is this call's own
     hidden_ND, values_N, weight_VD, _, tokens_N, batch = inputs(N, D, V, device, mask="none", bias=False)
-    leaves = [x.requires_grad_() for x in (hidden_ND, weight_VD)]
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden_ND, weight_VD)]
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         made = linear_ppo_loss(
             leaves[0], values_N, Head(leaves[1]), tokens_N, batch, PPOLossOptions(entropy_coef=0.1), backend="cpu"
@@ -302,8 +306,33 @@ def test_memory_is_bounded(device, monkeypatch):
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    extra = peak - 4 * (N * D + V * D)
-    assert extra <= 8 * 2**20 + 2**20, f"{extra / 2**20:.1f} MiB"
+    extra = peak - size * (N * D + V * D)
+    accumulator_and_tile = 4 * V * D + 2**19 if size == 2 else 0
+    assert extra <= 2 * size * 2**20 + accumulator_and_tile + 2**20, f"{extra / 2**20:.1f} MiB"
+
+
+def test_gradients_keep_their_memory():
+    """The memory of an earlier call's dweight is used again, but not while anyone holds it."""
+    arguments = inputs(5, 64, 1031, "cpu", mask="none")  # dweight: 264 KB, which is kept
+
+    def dweight(scale):
+        hidden_ND, values_N, weight_VD, bias_V, tokens_N, batch = arguments
+        weight_VD = weight_VD.clone().requires_grad_()
+        made = linear_ppo_loss(
+            scale * hidden_ND, values_N, Head(weight_VD, bias_V), tokens_N, batch, PPOLossOptions(), backend="cpu"
+        )
+        return torch.autograd.grad(made.loss, weight_VD)[0]
+
+    first, second = dweight(1.0), dweight(2.0)
+    kept = first.clone()
+    assert not torch.equal(first, second)
+    address, row = second.data_ptr(), first[3]
+    del second
+    third = dweight(1.0)
+    assert third.data_ptr() == address and torch.equal(third, kept)
+    del first, third
+    dweight(3.0)
+    assert torch.equal(row, kept[3])
 
 
 def good():
