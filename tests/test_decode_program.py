@@ -5,7 +5,8 @@ import torch
 from architectures import ARCHITECTURES, tiny
 
 from fastppo.generation import Generator
-from fastppo.generation.trace import Untraceable, trace
+from fastppo.generation.row_program import UNARY, Untraceable
+from fastppo.generation.trace import trace
 from fastppo.kernels._backend import extension, missing
 
 pytestmark = pytest.mark.skipif(missing("cpu", torch.device("cpu")) is not None, reason="the extension is not built")
@@ -13,20 +14,24 @@ TRACED = [name for name in ARCHITECTURES if name not in ("mixtral", "qwen2_moe")
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 70, 19), (96, 64, 300)])  # least; nothing divides; blocks of rows
+# least; nothing divides; one strip of 16 rows, panels in pairs and alone; blocks of rows and of k
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 70, 19), (100, 300, 16), (96, 290, 300)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_packed_linear(shape, half, transposed):
+@pytest.mark.parametrize("amx", [False, True])
+def test_packed_linear(shape, half, transposed, amx):
+    if amx and not extension().amx_works():
+        pytest.skip("this processor has no AMX tiles")
     N, K, M = shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(K, N, generator=generator).T if transposed else torch.randn(N, K, generator=generator)
     x, bias = torch.randn(M, K, generator=generator), torch.randn(N, generator=generator)
-    packed = torch.empty(extension().packed_size(N, K, half), dtype=torch.bfloat16 if half else torch.float32)
+    packed = torch.empty(extension().packed_size(N, K), dtype=torch.bfloat16 if half else torch.float32)
     strides = weight.stride()
     extension().pack_linear(weight.data_ptr(), False, *strides, N, K, packed.data_ptr(), half)
     out = torch.empty(M, N)
 
     def run(x, out):
-        address = packed.data_ptr(), half, bias.data_ptr(), N, K, x.data_ptr(), out.data_ptr(), len(x)
+        address = packed.data_ptr(), half, bias.data_ptr(), N, K, x.data_ptr(), out.data_ptr(), len(x), amx
         extension().packed_linear(*address)
         return out
 
@@ -37,8 +42,9 @@ def test_packed_linear(shape, half, transposed):
         plain = torch.nn.functional.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).float()
     error, allowed = (out - truth).abs().max(), 2 * (plain - truth).abs().max() + 1e-5
     assert error <= allowed, f"{error} > {allowed}"
-    if not half:  # a row does not depend on the others, in any bit
-        assert torch.equal(run(x[:1].contiguous(), torch.empty(1, N)), out[:1])
+    for some in (slice(0, 1), slice(M // 2, M)):  # a row does not depend on the others, in any bit
+        rows = x[some].contiguous()
+        assert torch.equal(run(rows, torch.empty(len(rows), N)), out[some])
 
 
 @pytest.mark.parametrize("name", TRACED)
@@ -71,3 +77,11 @@ def test_bf16_decode_weights_stay_close():
         assert (rollout.logprobs_BT[i] - wanted).abs().max() < 0.15
     with pytest.raises(ValueError, match="decode_weights"):
         Generator(model, decode_weights=torch.float16)
+
+
+def test_written_out_activations_become_one_operation():
+    for name, kind, mode in (("gpt2", "unary", UNARY.index("gelu_tanh")), ("llama", "rms_norm", 0)):
+        model = tiny(name)
+        found = [op for op in trace(model).ops if (op.kind, op.mode) == (kind, mode)]
+        assert len(found) >= model.config.num_hidden_layers, f"{name}: {found}"
+        assert not [op for op in trace(model).ops if (op.kind, op.mode) == ("unary", UNARY.index("tanh"))]

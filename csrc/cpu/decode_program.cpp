@@ -8,10 +8,13 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
 #include "../ops.h"
+#include "amx.h"
+#include "huge_pages.h"
 #include "packed_linear.h"
 #include "paged_attention.h"
 #include "sampling.h"
@@ -69,7 +72,7 @@ FASTPPO_INLINE vec16 unary16(int mode, vec16 x) {
     case kRelu: return max16(x, splat(0.0f));
     case kSilu: return x / (1.0f + exp16(-x));
     case kGelu: return 0.5f * x * (1.0f + erf16(x * 0.70710678f));
-    case kGeluTanh: return 0.5f * x * (1.0f + tanh16(0.79788456f * (x + 0.044715f * x * x * x)));
+    case kGeluTanh: return x / (1.0f + exp16(-1.59576912f * (x + 0.044715f * x * x * x)));  // (1 + tanh z) / 2 = sigmoid(2 z)
     case kTanh: return tanh16(x);
     case kSigmoid: return 1.0f / (1.0f + exp16(-x));
     case kExp: return exp16(x);
@@ -219,13 +222,12 @@ class DecodeProgram {
 
   // Runs operations [first, last). `given`: buffers that live outside (inputs and results).
   void run(int64_t first, int64_t last, const Pass& pass, const std::vector<std::pair<int, uintptr_t>>& given) {
-    place(pass.rows);
-    for (const auto& [buffer, address] : given) buffers_.at(buffer) = reinterpret_cast<float*>(address);
+    place(first, last, pass.rows, given);
     for (int64_t i = first; i < last;) {
       const Op& op = ops_[i];
       if (op.kind == kLinear) {
         const Linear linear{reinterpret_cast<const void*>(op.p), op.mode == 1, reinterpret_cast<const float*>(op.q), op.i[0], op.i[1]};
-        packed_linear(linear, buffers_[op.a], buffers_[op.out], pass.rows);
+        packed_linear(linear, buffers_[op.a], buffers_[op.out], pass.rows, amx_works());
         ++i;
       } else if (op.kind == kAttention) {
         attend(op, pass);
@@ -333,18 +335,23 @@ class DecodeProgram {
     std::vector<int32_t> lens_, tables_;
   };
 
-  void place(int64_t rows) {
-    if (rows > rows_) {
-      int64_t total = 0;
-      for (int64_t n : sizes_) total += (n * rows + 15) / 16 * 16;
-      memory_.resize(total);
-      rows_ = rows;
+  // Memory for what the operations write; none for what lives outside: logits of a whole prompt would be its largest part.
+  void place(int64_t first, int64_t last, int64_t rows, const std::vector<std::pair<int, uintptr_t>>& given) {
+    std::fill(buffers_.begin(), buffers_.end(), nullptr);
+    for (const auto& [buffer, address] : given) buffers_.at(buffer) = reinterpret_cast<float*>(address);
+    std::vector<std::pair<int, int64_t>> starts;
+    int64_t total = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const int out = ops_[i].out;
+      if (buffers_[out] || std::any_of(starts.begin(), starts.end(), [&](const auto& x) { return x.first == out; })) continue;
+      starts.emplace_back(out, total);
+      total += (sizes_[out] * rows + 15) / 16 * 16;
     }
-    float* next = memory_.data();
-    for (size_t b = 0; b < sizes_.size(); ++b) {
-      buffers_[b] = next;
-      next += (sizes_[b] * rows + 15) / 16 * 16;
+    if (total > size_) {
+      memory_.reset(new float[size_ = total]);  // not a vector, which would write zeros first
+      ask_for_huge_pages(reinterpret_cast<uintptr_t>(memory_.get()), total * sizeof(float));
     }
+    for (const auto& [out, start] : starts) buffers_[out] = memory_.get() + start;
   }
 
   void attend(const Op& op, const Pass& pass) {
@@ -425,8 +432,8 @@ class DecodeProgram {
   int64_t block_size_;
   std::vector<Op> ops_;
   std::vector<float*> buffers_;
-  std::vector<float> memory_;
-  int64_t rows_ = 0;
+  std::unique_ptr<float[]> memory_;
+  int64_t size_ = 0;
 };
 
 }  // namespace

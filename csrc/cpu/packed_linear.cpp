@@ -3,26 +3,24 @@
 //
 // A panel is 32 columns of the output: for each k, 32 weights lie side by side. A tile of 8 rows x 32 columns stays in 16
 // AVX-512 registers while k runs; a panel is read from memory once and from L2 for further tiles of rows.
-// bf16 panels hold pairs (k, k + 1) side by side, K padded to 32: the order of AMX's tiles, which multiply them where the
-// processor has them (x rounded to bf16 too); elsewhere they are widened and multiplied as floats.
+// bf16 panels hold pairs (k, k + 1) side by side, the order of AMX's tiles; without AMX they are widened and multiplied as
+// floats. Where the processor has AMX, amx_linear.cpp multiplies both kinds; K is padded to 32 for it.
 #include "packed_linear.h"
 
 #include <algorithm>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../ops.h"
 #include "amx.h"
+#include "amx_linear.h"
+#include "huge_pages.h"
 #include "simd.h"
 
 namespace fastppo {
 namespace {
 
 // elements of a packed panel
-inline int64_t panel_size(int64_t K, bool bf16) { return (bf16 ? (K + 31) / 32 * 32 : K) * kPanel; }
+inline int64_t panel_size(int64_t K) { return (K + 31) / 32 * 32 * kPanel; }
 
 constexpr int kTile = 8;           // rows of x in registers
 constexpr int64_t kDepth = 256;     // even: bf16 panels hold pairs
@@ -102,7 +100,7 @@ template <typename T>
 FASTPPO_INLINE void panel_of(const T* w, const float* bias, int columns, const float* x, int64_t K, float* out, int64_t N,
                              int64_t rows, bool last) {
   float sums[kRowBlock * kPanel];
-  const int64_t bytes = panel_size(K, sizeof(T) == 2) * sizeof(T), line = sizeof(T) == 2 ? 32 : 64;
+  const int64_t bytes = panel_size(K) * sizeof(T), line = sizeof(T) == 2 ? 32 : 64;
   const int64_t depth = rows <= 2 * kTile ? K : kDepth;
   for (int64_t k0 = 0; k0 < K; k0 += depth) {
     const int64_t some = std::min(depth, K - k0);
@@ -149,7 +147,7 @@ FASTPPO_CLONES void pack_block(const float* from, int64_t n_stride, int64_t k_st
     }
   }
   if (!to_is_bf16) {
-    std::memcpy(to, block, depth * kPanel * sizeof(float));
+    std::memcpy(to, block, sizeof(block));
     return;
   }
   uint16_t* pairs = static_cast<uint16_t*>(to);
@@ -161,19 +159,10 @@ FASTPPO_CLONES void pack_block(const float* from, int64_t n_stride, int64_t k_st
   }
 }
 
-// 4 KiB pages of fresh memory cost as much as the packing, and reading them a page walk every 32 lines. A hint: no error.
-void ask_for_huge_pages(uintptr_t begin, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 4096, kHuge = 2 << 20;
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + bytes) / kPage * kPage;
-  if (bytes >= static_cast<int64_t>(2 * kHuge)) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
 // Weight (n, k) lies at n * n_stride + k * k_stride: nn.Linear and its transpose, GPT-2's Conv1D.
 void pack(uintptr_t weight, bool from_is_bf16, int64_t n_stride, int64_t k_stride, int64_t N, int64_t K, uintptr_t packed,
           bool to_is_bf16) {
-  const int64_t size = panel_size(K, to_is_bf16);
+  const int64_t size = panel_size(K);
   ask_for_huge_pages(packed, (N + kPanel - 1) / kPanel * size * (to_is_bf16 ? 2 : 4));
   parallel_for((N + kPanel - 1) / kPanel, size, [&](int64_t begin, int64_t end) {
     std::vector<float> wide;
@@ -199,38 +188,6 @@ void pack(uintptr_t weight, bool from_is_bf16, int64_t n_stride, int64_t k_strid
   });
 }
 
-FASTPPO_CLONES void round_row(const float* x, uint16_t* out, int64_t K) {
-  for (int64_t k = 0; k < K; ++k) {
-    uint32_t bits;
-    std::memcpy(&bits, x + k, 4);
-    bits += 0x7fff + ((bits >> 16) & 1);  // x is finite, or the sampler raises on what comes of it
-    out[k] = static_cast<uint16_t>(bits >> 16);
-  }
-}
-
-// Panels [begin, end) on AMX tiles: 32 rows x 32 columns at a time. xs: bf16 [rows padded to 16, K padded to 32].
-void amx_panels(const Linear& f, const uint16_t* xs, int64_t K, float* out, int64_t rows, int64_t begin, int64_t end) {
-  amx_begin();
-  alignas(64) float c[4][16 * 16];
-  for (int64_t p = begin; p < end; ++p) {
-    const uint16_t* w = static_cast<const uint16_t*>(f.packed) + p * K * kPanel;
-    const int columns = static_cast<int>(std::min<int64_t>(kPanel, f.N - p * kPanel));
-    for (int64_t r0 = 0; r0 < rows; r0 += 32) {
-      const int strips = rows - r0 > 16 ? 2 : 1;
-      amx_block(xs + r0 * K, K, w, strips, r0 == 0 && p + 1 < end, c);
-      for (int64_t r = r0; r < std::min(rows, r0 + 32); ++r) {
-        for (int half = 0; half < 2; ++half) {
-          const float* from = c[(r - r0) / 16 * 2 + half] + (r - r0) % 16 * 16;
-          float* to = out + r * f.N + p * kPanel + half * 16;
-          const int n = std::min(16, columns - half * 16);
-          for (int j = 0; j < n; ++j) to[j] = from[j] + (f.bias ? f.bias[p * kPanel + half * 16 + j] : 0.0f);
-        }
-      }
-    }
-  }
-  amx_end();
-}
-
 void panels(const Linear& f, const float* x, float* out, int64_t rows, int64_t begin, int64_t end) {
   for (int64_t r0 = 0; r0 < rows; r0 += kRowBlock) {
     const int64_t some = std::min(kRowBlock, rows - r0);
@@ -239,7 +196,7 @@ void panels(const Linear& f, const float* x, float* out, int64_t rows, int64_t b
       const float* bias = f.bias ? f.bias + p * kPanel : nullptr;
       const float* xs = x + r0 * f.K;
       float* to = out + r0 * f.N + p * kPanel;
-      const int64_t at = p * panel_size(f.K, f.is_bf16);
+      const int64_t at = p * panel_size(f.K);
       if (f.is_bf16) {
         panel(static_cast<const uint16_t*>(f.packed) + at, bias, columns, xs, f.K, to, f.N, some, p + 1 == end);
       } else {
@@ -251,19 +208,9 @@ void panels(const Linear& f, const float* x, float* out, int64_t rows, int64_t b
 
 }  // namespace
 
-void packed_linear(const Linear& f, const float* x, float* out, int64_t rows) {
+void packed_linear(const Linear& f, const float* x, float* out, int64_t rows, bool amx) {
+  if (amx) return amx_linear(f, x, out, rows);
   const int64_t n = (f.N + kPanel - 1) / kPanel;
-  if (f.is_bf16 && amx_works()) {
-    static thread_local std::vector<uint16_t> rounded;
-    const int64_t K = panel_size(f.K, true) / kPanel, padded = (rows + 15) / 16 * 16;
-    rounded.assign(padded * K, 0);
-    uint16_t* xs = rounded.data();
-    parallel_for(rows, K, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) round_row(x + r * f.K, xs + r * K, f.K);
-    });
-    parallel_for(n, rows * K * 8, [&](int64_t begin, int64_t end) { amx_panels(f, xs, K, out, rows, begin, end); });
-    return;
-  }
   parallel_for(n, rows * f.K * kPanel, [&](int64_t begin, int64_t end) { panels(f, x, out, rows, begin, end); });
 }
 
@@ -271,13 +218,15 @@ void bind_packed_linear(pybind11::module_& m) {
   m.def("pack_linear", &pack, "fastppo/generation/decode_program.py", pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def(
       "packed_linear",
-      [](uintptr_t packed, bool is_bf16, uintptr_t bias, int64_t N, int64_t K, uintptr_t x, uintptr_t out, int64_t rows) {
+      [](uintptr_t packed, bool is_bf16, uintptr_t bias, int64_t N, int64_t K, uintptr_t x, uintptr_t out, int64_t rows,
+         bool amx) {
         const Linear linear{reinterpret_cast<const void*>(packed), is_bf16, reinterpret_cast<const float*>(bias), N, K};
-        packed_linear(linear, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), rows);
+        packed_linear(linear, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), rows, amx && amx_works());
       },
-      "fastppo/generation/decode_program.py", pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("packed_size", [](int64_t N, int64_t K, bool bf16) { return (N + kPanel - 1) / kPanel * panel_size(K, bf16); },
+      "amx: use AMX tiles where there are any", pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("packed_size", [](int64_t N, int64_t K) { return (N + kPanel - 1) / kPanel * panel_size(K); },
         "elements of a packed [N, K] matrix");
+  m.def("ask_for_huge_pages", &ask_for_huge_pages, "hint for the memory at (address, bytes)");
   m.def("amx_works", &amx_works, "whether this processor and kernel have AMX bf16 tiles");
 }
 

@@ -7,13 +7,14 @@ namespace fastppo {
 constexpr int kPanel = 32;  // output columns that are computed together
 
 struct Linear {
-  const void* packed;  // [ceil(N / 32)][K][32] float or bf16; see pack()
+  const void* packed;  // [ceil(N / 32)][K padded to 32][32] float or bf16; see pack()
   bool is_bf16;
   const float* bias;  // or nullptr
   int64_t N, K;
 };
 
 // out [rows, N] = x [rows, K] W^T + bias, on all threads. A row's result does not depend on the other rows in any bit.
-void packed_linear(const Linear& linear, const float* x, float* out, int64_t rows);
+// amx: on AMX tiles (amx.h), only where amx_works().
+void packed_linear(const Linear& linear, const float* x, float* out, int64_t rows, bool amx);
 
 }  // namespace fastppo

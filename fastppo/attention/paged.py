@@ -4,6 +4,7 @@ A layout's `attend` is called once per layer: it writes the new keys and values 
 Suffixes: N tokens of this forward pass, B sequences, M pages per sequence, H heads, K key/value heads, D head dimension.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 
 from fastppo.attention.decode import decode_attention
 from fastppo.attention.layout import Packed
+from fastppo.attention.memory import zeros
 from fastppo.attention.varlen import varlen_attention
 from fastppo.kernels.paged_attention import cache_write, paged_attention
 
@@ -31,13 +33,18 @@ class KVCache:
 
     def __init__(self, layers: list[LayerSpec], num_blocks: int, block_size: int, device: torch.device):
         self.block_size, self.num_blocks = block_size, num_blocks
-        self.layers = {
-            spec.layer_idx: tuple(
-                torch.zeros(num_blocks, block_size, spec.kv_heads, spec.head_dim, dtype=spec.dtype, device=device)
-                for _ in range(2)
+        shapes = {spec: (num_blocks, block_size, spec.kv_heads, spec.head_dim) for spec in layers}
+        # one piece of memory for all layers of a dtype: in large pages it is there several times as fast
+        memory = {
+            dtype: zeros(
+                2 * sum(math.prod(shape) for spec, shape in shapes.items() if spec.dtype == dtype), dtype, device
             )
-            for spec in layers
+            for dtype in {spec.dtype for spec in layers}
         }
+        self.layers = {}
+        for spec, shape in shapes.items():
+            pair, rest = memory[spec.dtype].tensor_split([2 * math.prod(shape)])
+            self.layers[spec.layer_idx], memory[spec.dtype] = tuple(pair.view(2, *shape)), rest
 
     @staticmethod
     def block_bytes(layers: list[LayerSpec], block_size: int) -> int:

@@ -11,7 +11,7 @@ from torch import fx
 
 from fastppo.attention.paged import KVCache
 from fastppo.generation.memory import free_memory
-from fastppo.generation.trace import KINDS, Op, Program
+from fastppo.generation.row_program import KINDS, Op, Program
 from fastppo.kernels._backend import extension
 from fastppo.kernels.paged_attention import DTYPE_CODES
 
@@ -122,7 +122,7 @@ class DecodeProgram:
             weight_KN = weight_KN.float()
         packed = self._program.packed.get((node, half))
         if packed is None:  # pages of fresh memory cost more than the packing
-            packed = torch.empty(extension().packed_size(N, K, half), dtype=torch.bfloat16 if half else torch.float32)
+            packed = torch.empty(extension().packed_size(N, K), dtype=torch.bfloat16 if half else torch.float32)
             self._program.packed[node, half] = packed
         k_stride, n_stride = weight_KN.stride()
         source = weight_KN.data_ptr(), weight_KN.dtype == torch.bfloat16

@@ -11,7 +11,8 @@ from fastppo.attention.layout import Packed
 from fastppo.attention.paged import PagedPrefill
 from fastppo.generation.decode_program import DecodeProgram
 from fastppo.generation.model_runner import ModelRunner
-from fastppo.generation.trace import Program, Untraceable, refuse_state, trace
+from fastppo.generation.row_program import Program, Untraceable
+from fastppo.generation.trace import refuse_state, trace
 from fastppo.kernels import _backend
 
 log = logging.getLogger(__name__)
