@@ -14,6 +14,7 @@ COMMANDS = {
     "reward": "a reward model from preference pairs",
     "ppo": "PPO with the late trainer against a reward model, a function or an endpoint",
     "report": "an HTML page of curves and samples over one or more runs",
+    "plan": "memory per GPU, the largest micro-batch and tokens/s of a run, before you rent it",
     "info": "versions, device, and which back ends run here or why not",
 }
 
