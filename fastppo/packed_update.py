@@ -88,7 +88,8 @@ class PackedLearner:
                 continue
             sums = distributed.share_stats(self.trainer.accelerator, [result.sums for result in results])
             results = [result._replace(sums=shared) for result, shared in zip(results, sums, strict=True)]
-            ratios = [result.sums.means()["ratio"] for result in results]
+            means = [result.sums.means() for result in results]
+            ratios = [mean["ratio"] for mean in means]
             over = {i for i, ratio in enumerate(ratios) if ratio > self.trainer.config.ratio_threshold} - dropped
             if not over:
                 break
@@ -97,8 +98,8 @@ class PackedLearner:
             dropped |= over
             self._forget()
         self._check_mismatch(results)
-        self._step(group, results)
-        return [self._stats(rows, result) for rows, result in zip(group, results, strict=True)]
+        self._step(group, means)
+        return [self._stats(*each) for each in zip(group, results, means, strict=True)]
 
     def _packs(self, rows: list[int]) -> list[Pack]:
         """The micro-batches of a mini-batch; those without a token that counts are left out."""
@@ -166,11 +167,11 @@ class PackedLearner:
         old = (batch.logprobs_BT, batch.values_BT, batch.advantages_BT, batch.returns_BT)
         return PPOBatch(*(x.flatten()[packed.flat_R] for x in old))
 
-    def _stats(self, rows: list[int], result: Result) -> dict[str, torch.Tensor]:
+    def _stats(self, rows: list[int], result: Result, means: dict[str, float]) -> dict[str, torch.Tensor]:
         """TRL's statistics; its per-token arrays hold ratio 1 where no token counts."""
         ratio_BT = torch.ones(self.sequences.shape, device=result.flat_R.device)
         ratio_BT.view(-1)[result.flat_R] = result.log_ratio_R.exp()
-        return minibatch_stats(result.sums, self.trainer.config, self.experience.advantages_BT[rows], ratio_BT[rows])
+        return minibatch_stats(means, self.trainer.config, self.experience.advantages_BT[rows], ratio_BT[rows])
 
     # --- once per group -----------------------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class PackedLearner:
                 f"mean |log-prob difference| {self.mismatch.mean:.3g} nats, allowed {self.tolerance:.3g}"
             )
 
-    def _step(self, group: list[list[int]], results: list[Result]) -> None:
+    def _step(self, group: list[list[int]], means: list[dict[str, float]]) -> None:
         trainer = self.trainer
         for parameter in trainer.model_params:
             if parameter.grad is None:
@@ -198,7 +199,7 @@ class PackedLearner:
                 parameter.grad = torch.zeros_like(parameter)
         if self.kind == "ddp":  # the packed pass calls the module inside DDP, so that DDP's own hooks don't run
             distributed.reduce_gradients(trainer.accelerator, trainer.model_params)
-        if apply_step(trainer, (group, [r.sums.means() for r in results])):
+        if apply_step(trainer, (group, means)):
             return
         self._forget()
 

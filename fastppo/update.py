@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from fastppo.distributed import full_tensor
+from fastppo.kernels._backend import extension
 from fastppo.kernels.logprob import logprob
-from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss
+from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, ppo_loss
 from fastppo.score import NonFinite
 
 # PPOStats.means() -> TRL's names below ppo/
@@ -71,11 +72,10 @@ def optimise(
     return stats
 
 
-def minibatch_stats(sums: PPOStats, config, advantages_BT, ratio_BT) -> dict[str, torch.Tensor]:
-    """TRL's statistics of a mini-batch. Above ratio_threshold the losses read 0, as nothing is learnt from it."""
-    means = sums.means()
+def minibatch_stats(means: dict[str, float], config, advantages_BT, ratio_BT) -> dict[str, torch.Tensor]:
+    """TRL's statistics of a mini-batch from PPOStats.means(). Above ratio_threshold the losses read 0: nothing is learnt from it."""
     if means["ratio"] > config.ratio_threshold:
-        means["policy_loss"] = means["value_loss"] = 0.0
+        means = means | {"policy_loss": 0.0, "value_loss": 0.0}
     stats = {name: torch.tensor(means[ours]) for ours, name in _NAMES.items()}
     stats["loss/total"] = stats["loss/policy"] + config.vf_coef * stats["loss/value"]
     return stats | {"policy/advantages": advantages_BT, "policy/ratio": ratio_BT.detach()}
@@ -103,9 +103,9 @@ def padded_loss(
     # advantages of zero leave the value loss alone, so that callers can differentiate the two apart
     no_advantages = batch._replace(advantages_N=torch.zeros_like(batch.advantages_N))
     value = ppo_loss(frozen, vpreds, no_advantages, options, normalizer=normalizer)
-    shared = share(policy.stats)
-    stats = minibatch_stats(shared, config, advantages, ratio)
-    mean_ratio = shared.means()["ratio"]
+    means = share(policy.stats).means()
+    stats = minibatch_stats(means, config, advantages, ratio)
+    mean_ratio = means["ratio"]
     if not mean_ratio > config.ratio_threshold:
         return policy.loss, value.loss, stats
     warn_ratio(mean_ratio, config.ratio_threshold)
@@ -154,7 +154,7 @@ def _watched(group, norm: float):
 def clip(parameters, max_norm: float | None) -> float:
     """Scale gradients down to max_norm (None: don't); returns their norm before that."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = full_tensor(torch.nn.utils.get_total_norm(grads))
+    norm = total_norm(grads)
     if max_norm is not None and bool(torch.isfinite(norm)):
         if any(hasattr(grad, "full_tensor") for grad in grads):  # FSDP2: each holds its shard
             for grad in grads:
@@ -162,6 +162,15 @@ def clip(parameters, max_norm: float | None) -> float:
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
+
+
+def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Norm of all gradients together: on a CPU in one call, over processes that hold shards with them."""
+    ours = all(type(g) is torch.Tensor and g.device.type == "cpu" and g.dtype == torch.float32 for g in grads)
+    if not ours or isinstance(extension(), str) or not all(g.is_contiguous() for g in grads):
+        return full_tensor(torch.nn.utils.get_total_norm(grads))
+    squares = extension().train_sum_of_squares([g.data_ptr() for g in grads], [g.numel() for g in grads])
+    return torch.tensor(squares**0.5, dtype=torch.float32)
 
 
 class Guard:

@@ -78,8 +78,10 @@ class PPOStats:
         """Every name of STATS as a float, over all parts."""
         parts = torch.stack(self.parts).double().cpu()
         column = {name: parts[:, i] for i, name in enumerate(STATS)}
-        total = {name: values.sum().item() for name, values in column.items()}
+        total = dict(zip(STATS, parts.sum(0).tolist(), strict=True))
         total["ratio_max"] = column["ratio_max"].max().item()
+        if len(parts) == 1:
+            return total
         counted = column["count"].clamp(min=1)
         for name in ("return", "old_value"):  # Chan et al. 1979: squared distances of the parts' means
             apart = column[name] / counted - total[name] / max(total["count"], 1.0)

@@ -19,6 +19,7 @@ namespace fastppo {
 namespace {
 
 constexpr int64_t kQueries = 32;  // query rows at a time
+constexpr int64_t kStrip = 8;     // rows of a product at a time: of those queries, or of keys
 
 struct Attention {
   const void *q, *k, *v, *out, *dout;  // T, rows of tokens; heads side by side
@@ -109,6 +110,8 @@ FASTPPO_INLINE void strip(const float* a, int64_t a_row, int64_t a_col, const fl
 FASTPPO_INLINE void product(int64_t rows, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t depth,
                             float* c, int64_t ldc, int64_t columns, bool add) {
   int64_t r = 0;
+  if (columns <= 32)  // few columns: more rows, so that enough sums are on their way at a time
+    for (; r + 8 <= rows; r += 8) strip<8>(a + r * a_row, a_row, a_col, b, ldb, depth, c + r * ldc, ldc, columns, add);
   for (; r + 4 <= rows; r += 4) strip<4>(a + r * a_row, a_row, a_col, b, ldb, depth, c + r * ldc, ldc, columns, add);
   for (; r < rows; ++r) strip<1>(a + r * a_row, a_row, a_col, b, ldb, depth, c + r * ldc, ldc, columns, add);
 }
@@ -166,13 +169,9 @@ FASTPPO_INLINE void load_keys(const Attention& f, int64_t start, int64_t n, int6
   transpose(w.v.data(), n, D, Dp, w.vt.data(), Tp);
 }
 
-// Keys that queries [i0, i1) may see: from a multiple of 16 on, how many (a multiple of 16).
-struct Span {
-  int64_t first, count;
-};
-FASTPPO_INLINE Span visible(const Attention& f, int64_t i0, int64_t i1) {
-  const int64_t first = f.window ? std::max<int64_t>(0, i0 - f.window + 1) / 16 * 16 : 0;
-  return {first, up16(i1 - first)};
+// Keys that a block of queries from i0 on may see: from `first`, a multiple of 16, on.
+FASTPPO_INLINE int64_t first_key(const Attention& f, int64_t i0) {
+  return f.window ? std::max<int64_t>(0, i0 - f.window + 1) / 16 * 16 : 0;
 }
 
 template <typename T>
@@ -183,15 +182,17 @@ FASTPPO_INLINE void forward_task(const Attention& f, int64_t b, int64_t kv, Scra
   for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
     for (int64_t i0 = 0; i0 < n; i0 += kQueries) {
       const int64_t rows = std::min(kQueries, n - i0);
-      const Span span = visible(f, i0, i0 + rows);
+      const int64_t first = first_key(f, i0);
       for (int64_t r = 0; r < rows; ++r)
         load_row(f, static_cast<const T*>(f.q) + (start + i0 + r) * f.q_stride + head * D, start + i0 + r, true, f.scale, &w.q[r * Dp]);
-      product(rows, w.q.data(), Dp, 1, w.kt.data() + span.first, Tp, D, w.s.data(), Tp, span.count, false);
       float sums[kQueries] = {};
-      for (int64_t r = 0; r < rows; ++r)
-        f.lse[(start + i0 + r) * f.H + head] = softmax_row(&w.s[r * Tp], span.count, span.first, i0 + r, f.window, false, 0, sums + r);
-      const int64_t keys = std::min(span.count, n - span.first);
-      product(rows, w.s.data(), Tp, 1, &w.v[span.first * Dp], Dp, keys, w.o.data(), Dp, Dp, false);
+      for (int64_t s = 0; s < rows; s += kStrip) {
+        const int64_t strip = std::min(kStrip, rows - s), keys = i0 + s + strip - first;  // that its last query sees
+        product(strip, &w.q[s * Dp], Dp, 1, w.kt.data() + first, Tp, D, &w.s[s * Tp], Tp, up16(keys), false);
+        for (int64_t r = s; r < s + strip; ++r)
+          f.lse[(start + i0 + r) * f.H + head] = softmax_row(&w.s[r * Tp], up16(keys), first, i0 + r, f.window, false, 0, sums + r);
+        product(strip, &w.s[s * Tp], Tp, 1, &w.v[first * Dp], Dp, keys, &w.o[s * Dp], Dp, Dp, false);
+      }
       for (int64_t r = 0; r < rows; ++r)
         store_row(f, &w.o[r * Dp], 0, false, 1.0f / sums[r], static_cast<T*>(f.to) + (start + i0 + r) * f.o_stride + head * D);
     }
@@ -201,8 +202,7 @@ FASTPPO_INLINE void forward_task(const Attention& f, int64_t b, int64_t kv, Scra
 template <typename T>
 FASTPPO_INLINE void backward_block(const Attention& f, int64_t start, int64_t n, int64_t head, int64_t i0, Scratch& w) {
   const int64_t D = f.D, Dp = up16(D), Tp = up16(n), rows = std::min(kQueries, n - i0);
-  const Span span = visible(f, i0, i0 + rows);
-  const int64_t keys = std::min(span.count, n - span.first);
+  const int64_t first = first_key(f, i0), seen = i0 + rows - first;  // keys that the block's last query sees
   float deltas[kQueries];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = start + i0 + r, at = token * f.o_stride + head * D;
@@ -212,16 +212,23 @@ FASTPPO_INLINE void backward_block(const Attention& f, int64_t start, int64_t n,
     for (int64_t d = 0; d < D; ++d) delta += w.o[r * Dp + d] * get(static_cast<const T*>(f.out) + at + d);
     deltas[r] = delta;
   }
-  product(rows, w.q.data(), Dp, 1, w.kt.data() + span.first, Tp, D, w.s.data(), Tp, span.count, false);
-  product(rows, w.o.data(), Dp, 1, w.vt.data() + span.first, Tp, D, w.dp.data(), Tp, span.count, false);
-  for (int64_t r = 0; r < rows; ++r) {
-    float unused;
-    softmax_row(&w.s[r * Tp], span.count, span.first, i0 + r, f.window, true, f.lse[(start + i0 + r) * f.H + head], &unused);
-    dsoftmax_row(&w.s[r * Tp], &w.dp[r * Tp], span.count, deltas[r]);
+  for (int64_t s = 0; s < rows; s += kStrip) {
+    const int64_t strip = std::min(kStrip, rows - s), keys = i0 + s + strip - first;
+    product(strip, &w.q[s * Dp], Dp, 1, w.kt.data() + first, Tp, D, &w.s[s * Tp], Tp, up16(keys), false);
+    product(strip, &w.o[s * Dp], Dp, 1, w.vt.data() + first, Tp, D, &w.dp[s * Tp], Tp, up16(keys), false);
+    for (int64_t r = s; r < s + strip; ++r) {
+      float unused;
+      softmax_row(&w.s[r * Tp], up16(keys), first, i0 + r, f.window, true, f.lse[(start + i0 + r) * f.H + head], &unused);
+      dsoftmax_row(&w.s[r * Tp], &w.dp[r * Tp], up16(keys), deltas[r]);
+    }
+    product(strip, &w.dp[s * Tp], Tp, 1, &w.k[first * Dp], Dp, keys, &w.dq[s * Dp], Dp, Dp, false);
   }
-  product(keys, w.s.data(), 1, Tp, w.o.data(), Dp, rows, &w.dv[span.first * Dp], Dp, Dp, true);
-  product(keys, w.dp.data(), 1, Tp, w.q.data(), Dp, rows, &w.dk[span.first * Dp], Dp, Dp, true);  // q carries the scale
-  product(rows, w.dp.data(), Tp, 1, &w.k[span.first * Dp], Dp, keys, w.dq.data(), Dp, Dp, false);
+  for (int64_t j = 0; j < seen; j += kStrip) {
+    // queries before the strip of key j see none of these keys; S was not even computed there
+    const int64_t from = std::max<int64_t>(0, first + j - i0) / kStrip * kStrip, depth = rows - from, strip = std::min(kStrip, seen - j);
+    product(strip, &w.s[from * Tp + j], 1, Tp, &w.o[from * Dp], Dp, depth, &w.dv[(first + j) * Dp], Dp, Dp, true);
+    product(strip, &w.dp[from * Tp + j], 1, Tp, &w.q[from * Dp], Dp, depth, &w.dk[(first + j) * Dp], Dp, Dp, true);  // q carries the scale
+  }
   for (int64_t r = 0; r < rows; ++r)
     store_row(f, &w.dq[r * Dp], start + i0 + r, true, f.scale, static_cast<T*>(f.dq) + (start + i0 + r) * f.q_stride + head * D);
 }

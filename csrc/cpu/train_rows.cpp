@@ -232,6 +232,20 @@ FASTPPO_CLONES void add_rows(const int64_t* tokens, const float* x, int64_t N, i
   }
 }
 
+// Sum of squares in floats over blocks of kSquares numbers, in doubles over the blocks, in order.
+constexpr int64_t kSquares = 4096;
+FASTPPO_CLONES double block_squares(const float* x, int64_t n) {
+  vec16 a{}, b{}, c{}, d{};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    const vec16 p = load16(x + i), q = load16(x + i + 16), r = load16(x + i + 32), s = load16(x + i + 48);
+    a += p * p, b += q * q, c += r * r, d += s * s;
+  }
+  double sum = sum16((a + b) + (c + d));
+  for (; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+  return sum;
+}
+
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -280,6 +294,19 @@ void embedding_backward(uintptr_t tokens, uintptr_t x, int64_t N, int64_t D, uin
   });
 }
 
+double sum_of_squares(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& sizes) {
+  std::vector<std::pair<const float*, int64_t>> blocks;
+  for (size_t t = 0; t < tensors.size(); ++t)
+    for (int64_t i = 0; i < sizes[t]; i += kSquares) blocks.emplace_back(at<float>(tensors[t]) + i, std::min(kSquares, sizes[t] - i));
+  std::vector<double> sums(blocks.size());
+  parallel_for(int64_t(blocks.size()), kSquares, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) sums[i] = block_squares(blocks[i].first, blocks[i].second);
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
 }  // namespace
 
 void bind_train_rows(pybind11::module_& m) {
@@ -288,6 +315,7 @@ void bind_train_rows(pybind11::module_& m) {
   m.def("train_norm_backward", &norm_backward, "fastppo/engine/kernels.py", guard);
   m.def("train_activation", &activation, "fastppo/engine/kernels.py", guard);
   m.def("train_sum_columns", &sum_columns, "fastppo/engine/kernels.py", guard);
+  m.def("train_sum_of_squares", &sum_of_squares, "(addresses, sizes) of float32 tensors", guard);
   m.def("train_embedding_backward", &embedding_backward, "fastppo/engine/kernels.py", guard);
 }
 

@@ -170,13 +170,19 @@ class Body:
             dqkv[:, part] = dx.view(len(dqkv), width)
 
     def _matrix_gradients(self, matrices: list[Matrix], x: Tensor, dy: Tensor) -> None:
-        first = 0
-        for m in matrices:
-            part = dy if len(matrices) == 1 else dy[:, first : first + m.outputs]
-            first += m.outputs
-            a, b = (x.t(), part) if m.turned else (part.t(), x)
-            self.gradients.add_product(m.weight, a, b)
-            to, add = self.gradients.target(m.bias)
+        parts = dy.split([m.outputs for m in matrices], 1)
+        together = len(matrices) > 1 and not matrices[0].turned
+        weights, add = self.gradients.block([m.weight for m in matrices]) if together else (None, False)
+        if weights is not None:
+            self.gradients.product_into(weights, add, dy.t(), x)
+        biases, add = self.gradients.block([m.bias for m in matrices]) if together else (None, False)
+        if biases is not None:
+            kernels.sum_columns(dy, biases, add)
+        for m, part in zip(matrices, parts, strict=True):
+            if weights is None:
+                a, b = (x.t(), part) if m.turned else (part.t(), x)
+                self.gradients.add_product(m.weight, a, b)
+            to, add = (None, False) if biases is not None else self.gradients.target(m.bias)
             if to is not None:
                 kernels.sum_columns(part.contiguous(), to, add)
 

@@ -64,8 +64,8 @@ class Weights:
         if self._head is not None and self.dtype != torch.float32:
             self._head[1].copy_(self._head[0])
 
-    @torch.no_grad()
     def of(self, matrices: list[Matrix]) -> Ready:
+        """Called a hundred times per pass, without autograd (a decorator for that here cost a tenth of a small model's pass)."""
         key = id(matrices[0])
         ready = self._ready.get(key)
         if ready is not None and key in self._stale:
@@ -125,6 +125,7 @@ class Gradients:
 
     def __init__(self):
         self._buffers: dict[nn.Parameter, Tensor] = {}
+        self._blocks: dict[nn.Parameter, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def target(self, parameter: nn.Parameter | None) -> tuple[Tensor | None, bool]:
         """(.grad, whether something is in it already); None for what is not trained."""
@@ -137,9 +138,33 @@ class Gradients:
         parameter.grad = self._buffers[parameter]
         return parameter.grad, False
 
+    def block(self, parameters: list[nn.Parameter | None]) -> tuple[Tensor | None, bool]:
+        """target() of parameters that lie one below the other: one buffer, of which each .grad is a part.
+
+        None where that can't be: one is not there or not trained, or has a gradient elsewhere.
+        """
+        if any(p is None or not p.requires_grad for p in parameters):
+            return None, False
+        if parameters[0] not in self._blocks:
+            rows = [len(p) for p in parameters]
+            whole = torch.empty(sum(rows), *parameters[0].shape[1:])
+            self._blocks[parameters[0]] = whole, whole.split(rows)
+        whole, parts = self._blocks[parameters[0]]
+        grads = [p.grad for p in parameters]
+        if all(grad is part for grad, part in zip(grads, parts, strict=True)):
+            return whole, True
+        if any(grad is not None for grad in grads):
+            return None, False
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part
+        return whole, False
+
     def add_product(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
         """parameter.grad += a b"""
-        to, add = self.target(parameter)
+        self.product_into(*self.target(parameter), a, b)
+
+    def product_into(self, to: Tensor | None, add: bool, a: Tensor, b: Tensor) -> None:
+        """to (+)= a b"""
         if to is None:
             return
         if a.dtype != to.dtype:
