@@ -46,6 +46,26 @@ def test_rollout_logprobs_save_a_pass_and_agree():
         assert values == pytest.approx([values[0]] * 3, rel=1e-3, abs=1e-4), name
 
 
+def test_packed_weights_of_the_rollout_are_gone_while_learning(made, monkeypatch):
+    from fastppo import attention
+    from fastppo.generation import fast_path
+    from fastppo.trainer import packed_path
+
+    def packed_bytes():
+        programs = fast_path._TRACES[attention.unwrap(made.model)].values()
+        return sum(x.nbytes for program in programs for x in program.packed.values())
+
+    made.step(*rollout(made))
+    small = packed_bytes()
+    assert 0 < small < packed_path.GIVE_BACK_BYTES
+    monkeypatch.setattr(packed_path, "GIVE_BACK_BYTES", small)
+    data = rollout(made)
+    made.step(*data)
+    assert packed_bytes() == 0
+    rollout(made)
+    assert packed_bytes() == small
+
+
 def test_statistics_tell_how_fast_responses_were_sampled(made):
     data = rollout(made, batch_size=2)
     assert made._generated.tokens == sum(map(len, data[1])) and made._generated.seconds > 0

@@ -43,6 +43,14 @@ def program_for(runner: ModelRunner, weights: torch.dtype | None) -> DecodeProgr
     return None
 
 
+def give_back(model: torch.nn.Module, least_bytes: int) -> None:
+    """Free the packed weights that wait for `model`'s next rollout, where they are at least so many: that packs anew anyway."""
+    programs = [program for program in _TRACES.get(model, {}).values() if isinstance(program, Program)]
+    if sum(x.nbytes for program in programs for x in program.packed.values()) >= least_bytes:
+        for program in programs:
+            program.packed.clear()
+
+
 def _trace(model) -> Program | str:
     try:
         return trace(model)

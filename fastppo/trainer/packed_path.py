@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from fastppo import determinism, distributed, flops, packed, update
+from fastppo import attention, determinism, distributed, flops, packed, update
 from fastppo.data import Experience
+from fastppo.generation.fast_path import give_back
 from fastppo.kernels.kl_reward import kl_reward
 from fastppo.metrics import Clock
 from fastppo.packed_update import Mismatch, PackedLearner, RolloutMismatch, mismatch
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # tokens of a packed pass without gradient, where the config sets no budget
 FORWARD_TOKENS = 8192
+# the rollout's packed weights stay while optimising where they are smaller: fresh pages would cost a small model more
+GIVE_BACK_BYTES = 64 * 2**20
 
 
 class PackedPath:
@@ -123,6 +126,7 @@ class PackedPath:
     def optimise(self, batch: Experience) -> tuple[Experience, list[dict]]:
         """(the Experience that was learnt from, statistics): rollout log-probs that don't agree are recomputed first."""
         t = self.trainer
+        give_back(attention.unwrap(t.accelerator.unwrap_model(t.model)), GIVE_BACK_BYTES)
         automatic = t.config.old_logprobs == "auto" and batch.from_rollout
         learner = self._learner(batch, t.config.max_mismatch if automatic else None)
         shuffle = np.random.get_state()
@@ -147,8 +151,6 @@ class PackedPath:
         return PackedLearner(self.trainer, self._sequences, batch, tolerance)
 
     def _run(self, learner: PackedLearner) -> list[dict]:
-        from fastppo import attention
-
         t, rows = self.trainer, len(self._sequences.tokens)
         if engine := self._engines.of(t.model):
             with engine[0].started(engine[1]) as learner.engine:
