@@ -3,9 +3,9 @@
 // bf16 weights: x is rounded to bf16 too; the sums are floats.
 // float weights: a float is the exact sum of three bf16 numbers (24 = 8 + 8 + 8 bits), h + m + l. Six of the nine products,
 // hh + hm + mh + mm + hl + lh, leave out less than 2^-22 of one product, and multiply-adds on tiles are 14 times as fast as
-// AVX-512's: 16 rows are then bound by memory and hundreds of rows take a fourth of the time.
+// AVX-512's: 16 rows are then bound by memory and hundreds of rows take a fraction of the time.
 //
-// Up to 16 rows the next weights are fetched, taken apart (or copied) and put beside in L1 between the tile instructions,
+// With few rows the next weights are fetched, taken apart (or copied) and put beside in L1 between the tile instructions,
 // so that reading never waits for multiplying: tiles loaded from memory directly reach three fourths of the speed.
 // A row's sums are added in the same order however many rows there are.
 #include "amx_linear.h"
@@ -24,8 +24,7 @@ namespace {
 constexpr int kTile = 512;          // bf16 numbers in a tile: 16 x 32
 constexpr int64_t kChunk = 32;      // values of k in a tile
 constexpr int kStrip = 16;          // rows of x in a tile
-constexpr int64_t kRowBlock = 128;  // rows whose x stays in L2 while the panels pass
-constexpr int64_t kDepth = 8;       // chunks of a panel that are taken apart at once, where there are many rows
+constexpr int64_t kRowBlock = 256;  // rows whose x stays in L2 while the panels pass
 constexpr int64_t kAhead = 2048;    // bytes; further ahead the processor's own prefetching stops
 
 // x as tiles: [strip][chunk][parts][16][32], rows and k padded with zeros.
@@ -36,43 +35,48 @@ struct Tiles {
   const uint16_t* at(int64_t strip, int64_t chunk) const { return data + (strip * chunks + chunk) * parts * kTile; }
 };
 
-// One row into its place in the tiles, each part rounded to nearest of what the parts before it left.
-FASTPPO_CLONES void part_row(const float* x, int64_t K, int parts, uint16_t* to) {
-  for (int64_t k0 = 0; k0 < K; k0 += kChunk, to += parts * kTile) {
-    float rest[kChunk] = {};
-    std::memcpy(rest, x + k0, std::min(kChunk, K - k0) * sizeof(float));
+// A row of a tile must be one line of cache: two take twice as long.
+template <typename T>
+inline T* aligned(T* x) {
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(x) + 63) & ~uintptr_t{63});
+}
+
+// One row into its place in the tiles, each part rounded to nearest (ties to even) of what the parts before it left.
+FASTPPO_AMX void part_row(const float* x, int64_t K, int parts, uint16_t* to) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+  for (int64_t k = 0; k < K; k += 16) {
+    uint16_t* tile = to + k / kChunk * parts * kTile + k % kChunk;
+    const __mmask16 mask = K - k >= 16 ? 0xffff : (1 << (K - k)) - 1;
+    __m512 rest = _mm512_maskz_loadu_ps(mask, x + k);
     for (int part = 0; part < parts; ++part) {
-      for (int k = 0; k < kChunk; ++k) {
-        uint32_t bits;
-        std::memcpy(&bits, rest + k, 4);
-        bits += 0x7fff + ((bits >> 16) & 1);  // x is finite, or the sampler raises on what comes of it
-        bits &= 0xffff0000;
-        float rounded;
-        std::memcpy(&rounded, &bits, 4);
-        to[part * kTile + k] = static_cast<uint16_t>(bits >> 16);
-        rest[k] -= rounded;
-      }
+      const __m512i bits = _mm512_castps_si512(rest);
+      const __m512i even = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), one);
+      // x is finite, or the sampler raises on what comes of it
+      const __m512i rounded = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(bits, half), even), upper);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile + part * kTile),
+                          _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, rounded, 16)));
+      rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(rounded));
     }
+  }
+  for (int64_t k = (K + 15) / 16 * 16; k % kChunk; k += 16) {  // the last chunk's second half
+    for (int part = 0; part < parts; ++part) std::memset(to + k / kChunk * parts * kTile + part * kTile + k % kChunk, 0, 32);
   }
 }
 
-// Sums (and those of the small products) of 16 rows x 16 columns into `out`, which has N columns.
-FASTPPO_AMX inline void write_tile(const float* sums, const float* small, const float* bias, int rows, int columns, float* out, int64_t N) {
+// 16 x 16 sums into `out`, which has N columns.
+FASTPPO_AMX inline void write_tile(const float* sums, const float* bias, int rows, int64_t columns, float* out, int64_t N) {
   if (columns <= 0) return;
   const __mmask16 mask = columns >= 16 ? 0xffff : (1 << columns) - 1;
   const __m512 b = bias ? _mm512_maskz_loadu_ps(mask, bias) : _mm512_setzero_ps();
-  for (int r = 0; r < rows; ++r) {
-    __m512 sum = _mm512_load_ps(sums + r * 16);
-    if (small) sum = _mm512_add_ps(sum, _mm512_load_ps(small + r * 16));
-    _mm512_mask_storeu_ps(out + r * N, mask, _mm512_add_ps(sum, b));
-  }
+  for (int r = 0; r < rows; ++r) _mm512_mask_storeu_ps(out + r * N, mask, _mm512_add_ps(_mm512_load_ps(sums + r * 16), b));
 }
 
-FASTPPO_AMX inline void write_panel(const Linear& f, int64_t p, float (*sums)[256], bool has_small, int rows, float* out) {
-  for (int half = 0; half < 2; ++half) {
-    const int64_t column = p * kPanel + half * 16;
-    write_tile(sums[half], has_small ? sums[2 + half] : nullptr, f.bias ? f.bias + column : nullptr, rows,
-               static_cast<int>(f.N - column), out + column, f.N);
+// Up to 32 rows of panel p; `out` is their first row.
+FASTPPO_AMX inline void write_strips(const Linear& f, int64_t p, float (*sums)[256], int rows, float* out) {
+  for (int part = 0; part < (rows > kStrip ? 4 : 2); ++part) {
+    const int r = part / 2 * kStrip;
+    const int64_t column = p * kPanel + part % 2 * 16;
+    write_tile(sums[part], f.bias ? f.bias + column : nullptr, std::min(rows - r, kStrip), f.N - column, out + r * f.N + column, f.N);
   }
 }
 
@@ -122,31 +126,32 @@ FASTPPO_AMX inline void load_sums(float (*sums)[256]) {
   _tile_loadd(3, sums[3], 64);
 }
 
-// One chunk: sums 0 and 1 (the halves) get hh and lh, 2 and 3 the rest. AT(i): what else is done at that point.
-#define CHUNK(x, w, AT)                                                                  \
-  FASTPPO_TILE_FENCE;                                                                    \
-  AT(0) _tile_loadd(4, x, 64);                                                           \
-  AT(1) _tile_loadd(5, x + kTile, 64);                                                   \
-  AT(2) _tile_loadd(6, x + 2 * kTile, 64); _tile_loadd(7, w, 64);                        \
-  AT(3) _tile_dpbf16ps(0, 4, 7); _tile_dpbf16ps(2, 5, 7);                                \
-  AT(4) _tile_dpbf16ps(0, 6, 7); _tile_loadd(7, w + kTile, 64);                          \
-  AT(5) _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7);                                \
-  AT(6) _tile_dpbf16ps(1, 6, 7); _tile_loadd(7, w + 2 * kTile, 64);                      \
-  AT(7) _tile_dpbf16ps(2, 4, 7);                                                         \
-  AT(8) _tile_dpbf16ps(2, 5, 7); _tile_loadd(7, w + 3 * kTile, 64);                      \
-  AT(9) _tile_dpbf16ps(3, 4, 7);                                                         \
-  AT(10) _tile_dpbf16ps(3, 5, 7); _tile_loadd(7, w + 4 * kTile, 64);                     \
-  AT(11) _tile_dpbf16ps(2, 4, 7);                                                        \
-  AT(12) _tile_loadd(7, w + 5 * kTile, 64);                                              \
-  AT(13) _tile_dpbf16ps(3, 4, 7);                                                        \
-  AT(14) AT(15)
+// One chunk for 16 rows (ONE: sums are the halves of the columns) or 32 (TWO: sums of the first rows' halves, then the
+// others'). A sum gets lh, mh, hh, hm, mm, hl in turn, whichever of both adds them. AT(i): what else is done at that point.
+#define ONE(x, w, AT)                                                                                                 \
+  FASTPPO_TILE_FENCE;                                                                                                 \
+  AT(0) _tile_loadd(6, x + 2 * kTile, 64); AT(1) _tile_loadd(2, w, 64); AT(2) _tile_loadd(3, w + kTile, 64);           \
+  AT(3) _tile_dpbf16ps(0, 6, 2); _tile_dpbf16ps(1, 6, 3); AT(4) _tile_loadd(5, x + kTile, 64);                        \
+  AT(5) _tile_dpbf16ps(0, 5, 2); _tile_dpbf16ps(1, 5, 3); AT(6) _tile_loadd(4, x, 64);                                \
+  AT(7) _tile_dpbf16ps(0, 4, 2); _tile_dpbf16ps(1, 4, 3); AT(8) _tile_loadd(2, w + 2 * kTile, 64);                    \
+  AT(9) _tile_loadd(3, w + 3 * kTile, 64); _tile_dpbf16ps(0, 4, 2); AT(10) _tile_dpbf16ps(1, 4, 3);                   \
+  AT(11) _tile_dpbf16ps(0, 5, 2); _tile_dpbf16ps(1, 5, 3); AT(12) _tile_loadd(2, w + 4 * kTile, 64);                  \
+  AT(13) _tile_loadd(3, w + 5 * kTile, 64); _tile_dpbf16ps(0, 4, 2); AT(14) _tile_dpbf16ps(1, 4, 3); AT(15)
+#define FOUR _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
+#define ROWS(x, y, part) _tile_loadd(4, x + part * kTile, 64); _tile_loadd(5, y + part * kTile, 64)
+#define WEIGHTS(w, part) _tile_loadd(6, w + part * 2 * kTile, 64); _tile_loadd(7, w + (part * 2 + 1) * kTile, 64)
+#define TWO(x, y, w, AT)                                                                                              \
+  FASTPPO_TILE_FENCE;                                                                                                 \
+  AT(0) WEIGHTS(w, 0); AT(1) ROWS(x, y, 2); AT(2) FOUR; AT(3) ROWS(x, y, 1); AT(4) FOUR; AT(5) ROWS(x, y, 0);          \
+  AT(6) FOUR; AT(7) WEIGHTS(w, 1); AT(8) FOUR; AT(9) ROWS(x, y, 1); AT(10) FOUR; AT(11) WEIGHTS(w, 2);                 \
+  AT(12) ROWS(x, y, 0); AT(13) FOUR; AT(14) AT(15)
 #define NOTHING(i)
 #define SPLIT(i)               \
   FASTPPO_TILE_FENCE;          \
   split_pair(next, i, beside); \
   FASTPPO_TILE_FENCE;
 
-// Panels [begin, end) for at most 16 rows: chunk after chunk, the next one taken apart while this one is multiplied.
+// Panels [begin, end) for at most 32 rows: chunk after chunk, the next one taken apart while this one is multiplied.
 FASTPPO_AMX void float_strip(const Linear& f, const Tiles& xs, float* out, int rows, int64_t begin, int64_t end) {
   alignas(64) static thread_local uint16_t tiles[2][6 * kTile];
   alignas(64) float sums[4][256];
@@ -160,37 +165,63 @@ FASTPPO_AMX void float_strip(const Linear& f, const Tiles& xs, float* out, int r
       const float* next = w = std::min(w + kChunk * kPanel, last);
       uint16_t* beside = tiles[side ^ 1];
       const uint16_t *x = xs.at(0, chunk), *now = tiles[side];
-      CHUNK(x, now, SPLIT)
+      if (rows <= kStrip) {
+        ONE(x, now, SPLIT)
+      } else {
+        const uint16_t* y = xs.at(1, chunk);
+        TWO(x, y, now, SPLIT)
+      }
     }
-    store_sums(sums);
-    write_panel(f, p, sums, true, rows, out);
+    if (rows <= kStrip) {  // tiles 2 and 3 hold weights then
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      FASTPPO_TILE_FENCE;
+    } else {
+      store_sums(sums);
+    }
+    write_strips(f, p, sums, rows, out);
   }
 }
 
-// Panels [begin, end) for many rows: a part of a panel is taken apart once for each block of rows.
+// 32 rows x one panel, chunks [c0, c0 + depth) of k; `tiles`: those chunks taken apart.
+FASTPPO_AMX inline void add_product(const Tiles& xs, int64_t strip, int64_t other, int64_t c0, int64_t depth, const uint16_t (*tiles)[6 * kTile],
+                                    float (*sums)[256]) {
+  if (c0 == 0) zero_sums();
+  else load_sums(sums);
+  for (int64_t c = 0; c < depth; ++c) {
+    const uint16_t *x = xs.at(strip, c0 + c), *y = xs.at(other, c0 + c), *now = tiles[c];
+    TWO(x, y, now, NOTHING)
+  }
+  store_sums(sums);
+}
+
+// Panels [begin, end) for many rows. A part of k of the block of rows stays in L2 while a group of panels passes, each taken
+// apart once for the block; the group's sums wait in memory.
 FASTPPO_AMX void float_strips(const Linear& f, const Tiles& xs, float* out, int64_t rows, int64_t begin, int64_t end) {
+  constexpr int64_t kGroup = 16, kDepth = 8;  // panels; chunks of k
+  constexpr int kPair = 2 * kStrip;
   alignas(64) static thread_local uint16_t tiles[kDepth][6 * kTile];
-  alignas(64) static thread_local float sums[kRowBlock / kStrip][4][256];
+  static thread_local std::vector<float> memory(kGroup * kRowBlock * kPanel + 16);
+  auto sums = reinterpret_cast<float (*)[kRowBlock / kPair][4][256]>(aligned(memory.data()));
   for (int64_t r0 = 0; r0 < rows; r0 += kRowBlock) {
-    const int64_t first = r0 / kStrip, strips = (std::min(kRowBlock, rows - r0) + kStrip - 1) / kStrip;
-    for (int64_t p = begin; p < end; ++p) {
-      const float* w = static_cast<const float*>(f.packed) + p * xs.chunks * kChunk * kPanel;
+    const int64_t some = std::min(kRowBlock, rows - r0), first = r0 / kStrip, strips = (some + kStrip - 1) / kStrip;
+    for (int64_t p0 = begin; p0 < end; p0 += kGroup) {
+      const int64_t group = std::min(kGroup, end - p0);
       for (int64_t c0 = 0; c0 < xs.chunks; c0 += kDepth) {
         const int64_t depth = std::min(kDepth, xs.chunks - c0);
-        for (int64_t c = 0; c < depth; ++c) split_chunk(w + (c0 + c) * kChunk * kPanel, tiles[c]);
-        for (int64_t s = 0; s < strips; ++s) {
-          if (c0 == 0) zero_sums();
-          else load_sums(sums[s]);
-          for (int64_t c = 0; c < depth; ++c) {
-            const uint16_t *x = xs.at(first + s, c0 + c), *now = tiles[c];
-            CHUNK(x, now, NOTHING)
+        for (int64_t p = 0; p < group; ++p) {
+          const float* w = static_cast<const float*>(f.packed) + ((p0 + p) * xs.chunks + c0) * kChunk * kPanel;
+          for (int64_t c = 0; c < depth; ++c) split_chunk(w + c * kChunk * kPanel, tiles[c]);
+          for (int64_t s = 0; s < strips; s += 2) {
+            const int64_t other = std::min(s + 1, strips - 1);  // an odd strip is multiplied twice
+            add_product(xs, first + s, first + other, c0, depth, tiles, sums[p][s / 2]);
           }
-          store_sums(sums[s]);
         }
       }
-      for (int64_t s = 0; s < strips; ++s) {
-        const int64_t r = r0 + s * kStrip;
-        write_panel(f, p, sums[s], true, static_cast<int>(std::min<int64_t>(kStrip, rows - r)), out + r * f.N);
+      for (int64_t p = 0; p < group; ++p) {
+        for (int64_t r = 0; r < some; r += kPair) {
+          write_strips(f, p0 + p, sums[p][r / kPair], static_cast<int>(std::min<int64_t>(kPair, some - r)), out + (r0 + r) * f.N);
+        }
       }
     }
   }
@@ -234,8 +265,8 @@ FASTPPO_AMX void half_strip(const Linear& f, const Tiles& xs, float* out, int ro
       _tile_dpbf16ps(3, 4, 7);
     }
     store_sums(sums);
-    write_panel(f, p, sums, false, rows, out);
-    if (p + 1 < end) write_panel(f, p + 1, sums + 2, false, rows, out);
+    write_strips(f, p, sums, rows, out);
+    if (p + 1 < end) write_strips(f, p + 1, sums + 2, rows, out);
   }
 }
 
@@ -260,9 +291,7 @@ FASTPPO_AMX void half_strips(const Linear& f, const Tiles& xs, float* out, int64
           _tile_dpbf16ps(3, 5, 7);
         }
         store_sums(sums);
-        write_panel(f, p, sums, false, static_cast<int>(std::min<int64_t>(kStrip, rows - r)), out + r * f.N);
-        if (other == strip) continue;
-        write_panel(f, p, sums + 2, false, static_cast<int>(std::min<int64_t>(kStrip, rows - r - kStrip)), out + (r + kStrip) * f.N);
+        write_strips(f, p, sums, static_cast<int>(std::min<int64_t>(2 * kStrip, rows - r)), out + r * f.N);
       }
     }
   }
@@ -270,9 +299,12 @@ FASTPPO_AMX void half_strips(const Linear& f, const Tiles& xs, float* out, int64
 
 FASTPPO_AMX void panels(const Linear& f, const Tiles& xs, float* out, int64_t rows, int64_t begin, int64_t end) {
   const AMX amx;
-  if (rows > kStrip) return f.is_bf16 ? half_strips(f, xs, out, rows, begin, end) : float_strips(f, xs, out, rows, begin, end);
   const int few = static_cast<int>(rows);
-  f.is_bf16 ? half_strip(f, xs, out, few, begin, end) : float_strip(f, xs, out, few, begin, end);
+  if (f.is_bf16) {
+    rows <= kStrip ? half_strip(f, xs, out, few, begin, end) : half_strips(f, xs, out, rows, begin, end);
+  } else {
+    rows <= 2 * kStrip ? float_strip(f, xs, out, few, begin, end) : float_strips(f, xs, out, rows, begin, end);
+  }
 }
 
 }  // namespace
@@ -281,8 +313,8 @@ void amx_linear(const Linear& f, const float* x, float* out, int64_t rows) {
   static thread_local std::vector<uint16_t> memory;
   const int parts = f.is_bf16 ? 1 : 3;
   const int64_t chunks = (f.K + kChunk - 1) / kChunk, strips = (rows + kStrip - 1) / kStrip, strip = chunks * parts * kTile;
-  memory.resize(strips * strip);
-  uint16_t* to = memory.data();
+  memory.resize(strips * strip + kChunk);
+  uint16_t* to = aligned(memory.data());
   std::fill(to + (strips - 1) * strip, to + strips * strip, uint16_t{0});  // rows that nobody writes
   parallel_for(rows, f.K * parts, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) part_row(x + r * f.K, f.K, parts, to + r / kStrip * strip + r % kStrip * 32);
