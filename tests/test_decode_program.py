@@ -1,10 +1,13 @@
 """The traced forward pass against the model's own, and the packed products against torch's."""
 
+import copy
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, tiny
+from test_generation_greedy import greedy_by_transformers, make_prompts
 
-from fastppo.generation import Generator
+from fastppo.generation import Generator, fast_path
 from fastppo.generation.row_program import UNARY, Untraceable
 from fastppo.generation.trace import trace
 from fastppo.kernels._backend import extension, missing
@@ -64,6 +67,93 @@ def test_forward_hooks_keep_the_model_on_its_own_code():
     model.model.layers[0].register_forward_hook(lambda *_: None)
     with pytest.raises(Untraceable, match="forward hooks"):
         trace(model)
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The checks of programs so far: one entry each."""
+    made, check = [], fast_path._error
+    monkeypatch.setattr(fast_path, "_error", lambda *args: made.append(1) or check(*args))
+    return made
+
+
+def _scale_attention(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 5.0  # a number that the trace has burnt in
+
+
+def _replace_forward(model):
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: -type(mlp).forward(mlp, x)
+
+
+def _replace_module(model):
+    norm = copy.deepcopy(model.model.norm)
+    with torch.no_grad():
+        norm.weight.neg_()
+    model.model.norm = norm
+
+
+def _replace_parameter(model):
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
+
+
+def _move_storage(model):
+    model.lm_head.weight.data = -model.lm_head.weight.data
+
+
+CHANGES = (_scale_attention, _replace_forward, _replace_module, _replace_parameter, _move_storage)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
+def test_a_changed_model_is_checked_again(change, checks):
+    model, prompts = tiny("llama"), make_prompts()
+    generator, options = Generator(model), dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+
+    def roll_out():
+        responses = [x.tolist() for x in generator.generate(prompts, **options).responses]
+        assert responses == greedy_by_transformers(model, prompts, 6)
+        return responses
+
+    before = roll_out()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)  # as an optimizer step does: other numbers in the same places
+    stepped = roll_out()
+    assert len(checks) == 1 and stepped != before
+    change(model)
+    assert roll_out() != stepped and len(checks) > 1
+
+
+def test_hooks_dtype_and_time_call_for_a_check(checks):
+    model, prompt = tiny("llama"), [torch.tensor([5, 6, 7])]
+    generator = Generator(model)
+
+    def roll_out():
+        generator.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)
+        return len(checks)
+
+    assert [roll_out() for _ in range(fast_path.CHECK_EVERY + 1)] == [1] * fast_path.CHECK_EVERY + [2]
+    seen = []
+    hook = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    assert roll_out() == 2 and seen  # the hook ran: through the model itself
+    hook.remove()
+    assert roll_out() == 2
+    model.bfloat16()
+    assert roll_out() > 2
+
+
+def test_adapters_switched_off_have_their_own_check(checks):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    prompts, options = make_prompts(), dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    generator = Generator(model)
+    on = [generator.generate(prompts, **options).tokens_BT for _ in range(2)]
+    with model.disable_adapter():
+        off = [generator.generate(prompts, **options).tokens_BT for _ in range(2)]
+        assert [x.tolist() for x in off[0]] == greedy_by_transformers(model.get_base_model(), prompts, 6)
+    assert len(checks) == 2 and torch.equal(*on) and torch.equal(*off) and not torch.equal(on[0], off[0])
 
 
 def test_bf16_decode_weights_stay_close():

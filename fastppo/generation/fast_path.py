@@ -1,5 +1,9 @@
 """Decide whether a rollout runs on a DecodeProgram (on a CPU) or on the model's own modules, and check the first against the
-second before it is used: the weights, the adapters or the model's code may have changed since it was traced."""
+second before it is used: the weights' places, the adapters or the model's code may have changed since it was traced.
+
+While nothing of that changes (model_state.py), the check of five tokens is made every CHECK_EVERY rollouts: it costs as much
+as four decode steps.
+"""
 
 import logging
 import os
@@ -11,11 +15,13 @@ from fastppo.attention.layout import Packed
 from fastppo.attention.paged import PagedPrefill
 from fastppo.generation.decode_program import DecodeProgram
 from fastppo.generation.model_runner import ModelRunner
+from fastppo.generation.model_state import model_state
 from fastppo.generation.row_program import Program, Untraceable
 from fastppo.generation.trace import refuse_state, trace
 from fastppo.kernels import _backend
 
 log = logging.getLogger(__name__)
+CHECK_EVERY = 16
 # model -> which adapters are on -> its traced form, or why there is none
 _TRACES: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
 
@@ -29,13 +35,17 @@ def program_for(runner: ModelRunner, weights: torch.dtype | None) -> DecodeProgr
     programs, key = _TRACES.setdefault(runner.model, {}), _adapters(runner.model)
     try:
         refuse_state(runner.model)
+        state = model_state(runner.model), weights
         for fresh in (False, True):
             if fresh or key not in programs:
                 programs[key] = _trace(runner.model)
             if isinstance(programs[key], str):
                 return None
             program = DecodeProgram(programs[key], runner.cache, weights or runner.model.dtype)
+            if programs[key].is_checked(state, CHECK_EVERY):
+                return program
             if (error := _error(runner, program)) is None:
+                programs[key].checked(state)
                 return program
         log.warning("generate: decoding through %s itself: its traced form %s", type(runner.model).__name__, error)
     except Untraceable as reason:

@@ -74,6 +74,17 @@ class Program:
     logits: int
     layers: dict[int, int] = field(default_factory=dict)  # index of an attention op -> layer_idx
     packed: dict[tuple[fx.Node, bool], torch.Tensor] = field(default_factory=dict)  # memory for packed matrices (bf16?)
+    _state: tuple | None = None  # of the model when the program last gave its logits
+    _uses: int = 0  # since then
+
+    def checked(self, state: tuple) -> None:
+        """The program gave the model's own logits in this state (see model_state)."""
+        self._state, self._uses = state, 0
+
+    def is_checked(self, state: tuple, most: int) -> bool:
+        """Whether the model is as it was at the last check, and fewer than `most` rollouts ago."""
+        self._uses += 1
+        return self._state == state and self._uses < most
 
 
 def alive(all_ops: list[Op], logits: int) -> list[Op]:
