@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,19 +20,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
 
-WORKER = Path(__file__).parent / "loop_worker.py"
+WORKER = (str(Path(__file__).parent / "loop_worker.py"),)
 MODELS = {"tiny": 16, "124m": 8, "llama": 16, "qwen2": 16}  # sequences per batch
 BF16 = {"mixed_precision": "bf16"}
 
 
 class Side:
-    """A loop_worker process that runs one iteration at a time."""
+    """A worker process that runs one iteration at a time: a line in, a line of JSON out."""
 
-    def __init__(self, name: str, python: str, package: str, spec: dict):
+    def __init__(self, name: str, python: str, package: str, spec: dict, worker: Sequence[str] = WORKER):
         self.name, self.results = name, []
         environment = dict(os.environ, PYTHONPATH=str(harness.ROOT))
         environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-        command = [python, str(WORKER), package, json.dumps(spec)]
+        command = [python, *worker, package, json.dumps(spec)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment, text=True, **{**pipes, "stderr": subprocess.DEVNULL})
 

@@ -1,8 +1,7 @@
-"""What late_loop.py printed, as rows of bench/results/late_learn.csv and late_loop.csv; learning curves as a plot, too.
+"""What late_loop.py learn printed, as rows of bench/results/late_learn.csv; learning curves as a plot, too.
 
 for seed in 0 1 2: python bench/late_loop.py learn fastppo STORIES --seed N --steps 40 > fastppo-N.json (and trl, in its environment)
 python bench/late_curves.py fastppo-*.json trl-*.json --plot bench/results/late_learn.png
-python bench/late_curves.py speed-*.json
 """
 
 import argparse
@@ -26,24 +25,6 @@ def read(path: str) -> list[dict]:
             package = "trl 1.12.0" if run["package"] == "trl" else "fastppo"
             runs.append(run | {"variant": f"{package} {'value head' if run['value_head'] else 'two backbones'}"})
     return runs
-
-
-def write_speed(runs: list[dict], csv: bool) -> None:
-    """One row per variant and workload: medians over all of its runs' updates."""
-    for ragged in sorted({run["ragged"] for run in runs}):
-        found = {v: [r for r in runs if r["variant"] == v and r["ragged"] == ragged] for v in COLOURS}
-        seconds = {v: statistics.median(x for r in rs for x in r["wall_s"]) for v, rs in found.items() if rs}
-        trl = seconds.get("trl 1.12.0 two backbones")
-        rows = []
-        for variant, median in seconds.items():
-            peak, imports = (statistics.median(r[key] for r in found[variant]) for key in ("peak_mb", "imports_mb"))
-            note = f"peak {peak:.0f} MB, {peak - imports:.0f} of them after the imports; {found[variant][0]['threads']} threads"
-            row = {"variant": variant, "ms": f"{median * 1e3:.0f}", "speedup": f"{trl / median:.2f}" if trl else ""}
-            rows.append(row | {"note": note})
-            if csv:
-                shape = "tiny GPT-2 ragged" if ragged else "tiny GPT-2"
-                harness.write_row("late_loop", "cpu", dtype="float32", shape=shape, **rows[-1])
-        harness.print_table(f"late_loop {'ragged' if ragged else ''}", rows, ("variant", "ms", "speedup", "note"))
 
 
 def write_rows(runs: list[dict]) -> None:
@@ -83,9 +64,6 @@ def main() -> None:
     parser.add_argument("--no-csv", dest="csv", action="store_false")
     options = parser.parse_args()
     runs = [run for path in options.runs for run in read(path)]
-    if speeds := [run for run in runs if run["what"] == "speed"]:
-        write_speed(speeds, options.csv)
-    runs = [run for run in runs if run["what"] == "learn"]
     if options.csv:
         write_rows(runs)
     if options.plot:

@@ -1,11 +1,10 @@
-"""The late trainer's whole loop, under fastppo or under TRL 1.12.0 (in its own environment): tokens/s, memory, curve.
+"""The late trainer's loop under fastppo or TRL 1.12.0 (in its own environment): a worker of bench_late_loop.py, and curves.
 
-    python bench/late_loop.py speed fastppo --value-head --steps 6
-    python bench/late_loop.py speed trl --ragged                      # with trl==1.12.0 installed
-    python bench/late_loop.py learn fastppo ../shared/models/stories260K --seed 1
+    python bench/late_loop.py speed fastppo '{"value_head": true}'    reads a line, makes an update, writes a JSON line
+    python bench/late_loop.py learn trl ../shared/models/stories260K --seed 1
 
 `speed`: GPT-2 of 4.6 M parameters, prompts of 32 tokens, responses of 64, batch 16 in 4 mini-batches, 4 epochs.
-`learn`: stories260K, reward = happy words minus sad words. One JSON object is printed.
+`learn`: stories260K, reward = happy words minus sad words; one JSON object at the end.
 """
 
 import argparse
@@ -14,8 +13,8 @@ import json
 import os
 import re
 import resource
-import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -107,17 +106,28 @@ class WordBackbone(nn.Module):
         return argparse.Namespace(hidden_states=[states])
 
 
-class Clock(TrainerCallback):
-    """Wall and CPU seconds of each update but the first, which warms up."""
+class InTurn(TrainerCallback):
+    """Reads a line from standard input before each update, and writes its wall seconds and the peak memory after it."""
 
-    def __init__(self):
-        self.marks = []
+    def __init__(self, out, imports_mb: float):
+        self.out, self.imports_mb, self.began = out, imports_mb, 0.0
 
-    def on_step_end(self, *_, **__):
-        self.marks.append((time.perf_counter(), time.process_time()))
+    def wait(self) -> None:
+        if not sys.stdin.readline():
+            os._exit(0)
+        self.began = time.perf_counter()
 
-    def seconds(self, which: int) -> list[float]:
-        return [b[which] - a[which] for a, b in zip(self.marks, self.marks[1:], strict=False)]
+    def on_train_begin(self, *_, **__):
+        self.wait()
+
+    def on_step_end(self, *_, **__):  # TRL's loop calls no on_step_begin
+        found = {"wall_s": time.perf_counter() - self.began, "peak_mb": peak_mb(), "imports_mb": self.imports_mb}
+        print(json.dumps(found), file=self.out, flush=True)
+        self.wait()
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def tiny_tokenizer():
@@ -140,42 +150,40 @@ def tiny(kind, ragged: bool, seed: int):
     return model
 
 
-def speed(options) -> dict:
-    module = importlib.import_module(f"{options.package}.experimental.ppo")
-    more = {} if options.package == "trl" else {"gradient_checkpointing": False}
+def speed(package: str, spec: dict) -> None:
+    """spec: value_head (fastppo alone), ragged, threads."""
+    torch.set_num_threads(spec.get("threads", 2))
+    module = importlib.import_module(f"{package}.experimental.ppo")
+    ours, ragged = package != "trl", spec.get("ragged", False)
     args = module.PPOConfig(
-        output_dir="/tmp/late_loop", report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=4, gradient_accumulation_steps=4, num_mini_batches=4 if options.package != "trl" else 1,
-        num_ppo_epochs=4, total_episodes=16 * (options.steps + 1), response_length=64, num_sample_generations=0,
-        temperature=1.0, stop_token="eos" if options.ragged else None, **more,
+        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=4, gradient_accumulation_steps=4, num_mini_batches=4 if ours else 1,
+        num_ppo_epochs=4, total_episodes=16 * 1000, response_length=64, num_sample_generations=0,
+        temperature=1.0, stop_token="eos" if ragged else None, **({"gradient_checkpointing": False} if ours else {}),
     )  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(4, VOCABULARY, (64, 32), generator=draw).tolist()
-    clock, before_mb = Clock(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    shared = options.value_head and options.package != "trl"
+    imports_mb = peak_mb()
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries may print
     trainer = module.PPOTrainer(
         args=args,
         processing_class=tiny_tokenizer(),
-        model=tiny(GPT2LMHeadModel, options.ragged, 0),
-        ref_model=tiny(GPT2LMHeadModel, options.ragged, 0),
+        model=tiny(GPT2LMHeadModel, ragged, 0),
+        ref_model=tiny(GPT2LMHeadModel, ragged, 0),
         reward_model=tiny(GPT2ForSequenceClassification, False, 2),
-        value_model=None if shared else tiny(GPT2ForSequenceClassification, False, 1),
+        value_model=None if spec.get("value_head") else tiny(GPT2ForSequenceClassification, False, 1),
         train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
         eval_dataset=Dataset.from_list([{"input_ids": row} for row in rows[:2]]),
-        callbacks=[clock],
+        callbacks=[InTurn(out, imports_mb)],
     )
     trainer.train()
-    tokens = 16 * (64 if not options.ragged else 30.4)  # 30.4: mean of min(geometric(1/36), 64)
-    wall, cpu = clock.seconds(0), clock.seconds(1)
-    rate = tokens / statistics.median(wall)
-    return {"tokens_per_s": rate, "wall_s": wall, "cpu_s": cpu, "imports_mb": before_mb}
 
 
 def learn(options) -> dict:
     module = importlib.import_module(f"{options.package}.experimental.ppo")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     args = module.PPOConfig(
-        output_dir="/tmp/late_loop", report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
         per_device_train_batch_size=32, gradient_accumulation_steps=1, num_mini_batches=4, num_ppo_epochs=4,
         total_episodes=32 * options.steps, response_length=48, num_sample_generations=0, temperature=1.0,
         learning_rate=3e-4, lr_scheduler_type="constant", kl_coef=0.05, seed=options.seed, stop_token="eos", logging_steps=1,
@@ -208,21 +216,20 @@ def learn(options) -> dict:
 
 
 def main() -> None:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if sys.argv[1:2] == ["speed"]:
+        return speed(sys.argv[2], json.loads(sys.argv[3]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "learn"))
+    parser.add_argument("what", choices=("learn",), help="speed is told by a program: see bench_late_loop.py")
     parser.add_argument("package", choices=("fastppo", "trl"))
-    parser.add_argument("model", nargs="?", help="folder of stories260K, for learn")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("model", help="folder of stories260K")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ragged", action="store_true", help="responses end after 1 to 64 tokens")
     parser.add_argument("--value-head", action="store_true", help="fastppo: one backbone with a value head")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    result = (speed if options.what == "speed" else learn)(options)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps({**vars(options), **result, "peak_mb": peak_mb, "torch": torch.__version__}))
+    print(json.dumps({**vars(options), **learn(options), "peak_mb": peak_mb(), "torch": torch.__version__}))
 
 
 if __name__ == "__main__":
