@@ -66,6 +66,7 @@ class PackedLearner:
         self.hooked = self.kind not in ("single", "ddp")
         self.tolerance = tolerance
         self.mismatch: Mismatch | None = None
+        self.grad_norm = float("nan")  # of the newest optimizer step, before clipping
 
     def learn(self, group: list[list[int]]) -> list[dict]:
         dropped: set[int] = set()
@@ -199,9 +200,9 @@ class PackedLearner:
                 parameter.grad = torch.zeros_like(parameter)
         if self.kind == "ddp":  # the packed pass calls the module inside DDP, so that DDP's own hooks don't run
             distributed.reduce_gradients(trainer.accelerator, trainer.model_params)
-        if apply_step(trainer, (group, means)):
-            return
-        self._forget()
+        done, self.grad_norm = apply_step(trainer, (group, means))
+        if not done:
+            self._forget()
 
     def _forget(self) -> None:
         """Drop the group's gradients."""

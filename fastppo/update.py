@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -121,8 +122,15 @@ def warn_ratio(mean_ratio: float, threshold: float) -> None:
     )
 
 
-def apply_step(trainer, group) -> bool:
-    """Clip the gradients, check them, step the optimizer. False (weights untouched) when the guard declines.
+class Applied(NamedTuple):
+    """done: False where the guard declined and the weights are as before. grad_norm: before clipping."""
+
+    done: bool
+    grad_norm: float
+
+
+def apply_step(trainer, group) -> Applied:
+    """Clip the gradients, check them, step the optimizer.
 
     group: (rows of each mini-batch, PPOStats.means() of each) for the guard's words.
     """
@@ -141,7 +149,7 @@ def apply_step(trainer, group) -> bool:
             trainer.optimizer.step()
     finally:  # also where the guard stops: the next step's gradients would be added to these
         trainer.optimizer.zero_grad()
-    return fine
+    return Applied(fine, norm)
 
 
 def _watched(group, norm: float):

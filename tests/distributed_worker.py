@@ -131,7 +131,7 @@ def classic(name: str) -> tuple[dict, list[dict]]:
 
 def late(name: str, folder: Path) -> tuple[dict, list[dict]]:
     """Three updates; "resume": two, then a new trainer goes on from the checkpoint; "late_fewer": rank 1 lacks a prompt."""
-    import test_experimental_ppo as late_cases
+    import late_cases
 
     def made(**options):
         from peft import LoraConfig
@@ -188,7 +188,7 @@ def supervised(name: str, folder: Path) -> tuple[dict, list[dict]]:
 
 
 def failing_reward(folder: Path) -> None:
-    import test_experimental_ppo as late_cases
+    import late_cases
 
     def reward(prompts, completions):
         if RANK == 1:

@@ -51,6 +51,7 @@ CASES = {
     "lora_full": {"lora": True, "config": {"kl_penalty": "full"}},
     "t5": {"model": "t5", "steps": 3},
     "t5_full": {"model": "t5", "config": {"kl_penalty": "full"}},
+    "bart": {"model": "bart", "steps": 3},
     "scheduler": {"steps": 3, "scheduler": True},
     "sgd": {"sgd": True, "steps": 3},
     # TRL differs from us here; beside its own numbers, "mended" holds those with the defect taken out

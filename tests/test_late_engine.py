@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from late_cases import trainer
 from sft_cases import make_model
-from test_experimental_ppo import trainer
 
 from fastppo.experimental.ppo import engines
 

@@ -11,8 +11,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from late_cases import prompts, trainer
 from sft_cases import make_model, make_tokenizer, rows
-from test_experimental_ppo import prompts, trainer
 from transformers import Trainer, TrainingArguments
 
 from fastppo import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer

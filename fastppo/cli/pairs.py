@@ -21,6 +21,12 @@ def rows_of(source: str, split: str, flag: str) -> list[dict[str, Any]]:
         raise UserError(str(error).replace("--dataset:", f"{flag}:", 1)) from error
 
 
+def read_both(options: Any, read: Callable[[str, str], Any]) -> tuple[Any, Any]:
+    """read(source, flag) of --dataset, and of --eval-dataset or None."""
+    data = read(options.dataset, "--dataset")
+    return data, read(options.eval_dataset, "--eval-dataset") if options.eval_dataset else None
+
+
 def as_dataset(rows: Sequence[Row], where: str) -> Any:
     """A datasets.Dataset. Raises UserError where a column's values are of different kinds."""
     import pyarrow

@@ -10,6 +10,7 @@ sft, reward and ppo of the file (or flags like --sft.learning-rate) take whateve
 unfinished one goes on from its newest checkpoint.
 """
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from fastppo.cli.errors import UserError, nearest
 from fastppo.cli.options import check_values, load_yaml, parse_over, take_config
-from fastppo.cli.stage_options import Given, StageOptions, flags_given, given
+from fastppo.cli.stage_options import Given, RunOptions, Stage, flags_given, given
 
 STAGES = ("sft", "reward", "ppo")
 PANELS = (
@@ -29,21 +30,15 @@ PANELS = (
 
 
 @dataclass
-class PipelineOptions:
+class PipelineOptions(RunOptions):
     """All three stages of RLHF from one file of preference pairs."""
 
-    model: str = ""
-    """The language model to start from: a folder or a hub id. Required."""
     dataset: str = ""
     """Preference pairs, or texts with labels: .jsonl, .json, .parquet, a folder of `datasets`, or a hub id. Required."""
     eval_dataset: str | None = None
     """Held-out pairs in the same form; a tenth of the pairs (500 at most) when not given."""
-    dataset_split: str = "train"
-    """Split of a dataset from the hub."""
     output_dir: Path = Path("runs/pipeline")
     """Where the run goes: a folder for each stage, results.json and curves.png."""
-    overwrite: bool = False
-    """Start anew in an --output-dir that holds a run."""
     pairs: int | None = None
     """Use so many training pairs at most."""
     prompt_words: int = 5
@@ -147,20 +142,13 @@ def stage_values(plan: Plan, name: str) -> dict[str, Any]:
     return values | section
 
 
-def stage_given(plan: Plan, name: str) -> tuple[Any, Given, type]:
-    """(stage, its options, its configuration's class); wrong options of any stage are found before the first one runs."""
-    import fastppo
-    from fastppo.cli import ppo, reward, sft
-
-    if name == "ppo":
-        from fastppo.experimental.ppo import PPOConfig as config
-    else:
-        config = fastppo.SFTConfig if name == "sft" else fastppo.RewardConfig
-    module, own = {"sft": (sft, StageOptions), "reward": (reward, StageOptions), "ppo": (ppo, ppo.PPOOptions)}[name]
-    where = f"section {name} of the pipeline"
-    made = given(plan.flags[name], stage_values(plan, name), own, config, f"fastppo pipeline: {name}", "", where)
-    made.configuration(config)
-    return module.stage(), made, config
+def stage_given(plan: Plan, name: str) -> tuple[Stage, Given]:
+    """The stage and its options; wrong options of any stage are found before the first one runs."""
+    stage = importlib.import_module(f"fastppo.cli.{name}").STAGE
+    values, where = stage_values(plan, name), f"section {name} of the pipeline"
+    made = given(plan.flags[name], values, stage.options, stage.config_class, f"fastppo pipeline: {name}", where=where)
+    made.configuration(stage.config_class)
+    return stage, made
 
 
 def draw_all(folder: Path, names: Sequence[str]) -> None:
@@ -193,11 +181,11 @@ def run(argv: Sequence[str]) -> int:
     PartialState().wait_for_everyone()
     results = {}
     for number, name in enumerate(names, 1):
-        stage, made, config = stages[name]
+        stage, made = stages[name]
         made.options.overwrite |= plan.options.overwrite
         if is_main:
             print(f"{number}/{len(names)} {name}", flush=True)
-        status, results[name] = run_stage(stage, made, config)
+        status, results[name] = run_stage(stage, made)
         if status:
             return status
     if is_main:

@@ -3,12 +3,13 @@
 fastppo ppo --model runs/sft/model --dataset prompts.jsonl --reward runs/reward/model --output-dir runs/ppo
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastppo.cli.errors import UserError
-from fastppo.cli.stage_options import StageOptions, read_stage
+from fastppo.cli.stage_options import Figure, Stage, StageOptions
 
 PANELS = (
     ("objective/scores", "Reward", "mean score of a batch", "#0b7a75"),
@@ -91,7 +92,7 @@ def load_models(options: Any) -> tuple[Any, Any, Any]:
     return policy, value, tokenizer
 
 
-def read_prompts(options: Any, config: Any, source: str, flag: str, policy: Any, tokenizer: Any) -> Any:
+def read_prompts(options: Any, config: Any, policy: Any, tokenizer: Any, source: str, flag: str) -> Any:
     """Rows with input_ids, the prompt's text and the other columns."""
     from fastppo.cli.pairs import as_dataset, rows_of
     from fastppo.cli.prompts import find_column, make_prompts
@@ -110,6 +111,7 @@ def read_prompts(options: Any, config: Any, source: str, flag: str, policy: Any,
 
 
 def build(options: Any, config: Any) -> Any:
+    from fastppo.cli.pairs import read_both
     from fastppo.cli.stage import adapter, told_errors
     from fastppo.core import set_seed
     from fastppo.experimental.ppo import PPOTrainer
@@ -118,11 +120,9 @@ def build(options: Any, config: Any) -> Any:
         raise UserError(f"--probes must be at least 0; got {options.probes}")
     set_seed(config.seed)
     policy, value, tokenizer = load_models(options)
-    data = read_prompts(options, config, options.dataset, "--dataset", policy, tokenizer)
+    read = functools.partial(read_prompts, options, config, policy, tokenizer)
+    data, held_out = read_both(options, read)
     columns = [name for name in data.column_names if name not in ("input_ids", "prompt")]
-    held_out = None
-    if options.eval_dataset:
-        held_out = read_prompts(options, config, options.eval_dataset, "--eval-dataset", policy, tokenizer)
     judge = load_judge(options, tokenizer, columns, config.device)
     with told_errors("fastppo ppo"):
         trainer = PPOTrainer(
@@ -152,26 +152,18 @@ def probe(trainer: Any) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "response": text, "score": score} for prompt, text, score in rows]
 
 
-def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from fastppo.cli.stage import first_and_last
-
-    found = {"steps": max((row["step"] for row in rows), default=0)}
-    if both := first_and_last(rows, "objective/scores"):
-        found |= {"score_first": both[0], "score_last": both[1]}
-    if both := first_and_last(rows, "objective/kl"):
-        found["kl_last"] = both[1]
-    return found
-
-
-def stage() -> Any:
-    from fastppo.cli.stage import Stage
-
-    return Stage("ppo", build, PANELS, COLUMNS, results, "update", probe)
+STAGE = Stage(
+    "ppo",
+    "fastppo.experimental.ppo:PPOConfig",
+    build,
+    PANELS,
+    COLUMNS,
+    (Figure("objective/scores", "score", 5), Figure("objective/kl", "kl", 5, first=False)),
+    PPOOptions,
+    "update",
+    probe,
+)
 
 
 def run(argv: Sequence[str]) -> int:
-    from fastppo.cli.stage import run_stage
-    from fastppo.experimental.ppo import PPOConfig
-
-    given = read_stage(argv, PPOOptions, PPOConfig, "fastppo ppo", __doc__)
-    return run_stage(stage(), given, PPOConfig)[0]
+    return STAGE.run(argv, __doc__)

@@ -6,7 +6,7 @@ fastppo reward --model runs/sft/model --dataset pairs.jsonl --eval-dataset held-
 from collections.abc import Sequence
 from typing import Any
 
-from fastppo.cli.stage_options import StageOptions, read_stage
+from fastppo.cli.stage_options import Figure, Stage
 
 PANELS = (
     ("loss", "Loss", "- log sigmoid(r(chosen) - r(rejected)), 0.69 is chance", "#0b7a75"),
@@ -24,7 +24,7 @@ COLUMNS = (
 
 def build(options: Any, config: Any) -> Any:
     from fastppo import RewardTrainer
-    from fastppo.cli.pairs import as_dataset, pairs_of, rows_of
+    from fastppo.cli.pairs import as_dataset, pairs_of, read_both, rows_of
     from fastppo.cli.stage import adapter, told_errors
     from fastppo.core import set_seed
 
@@ -32,8 +32,7 @@ def build(options: Any, config: Any) -> Any:
         rows = rows_of(source, options.dataset_split, flag)
         return as_dataset(pairs_of(rows, f"{flag}: {source}", seed=config.seed), f"{flag}: {source}")
 
-    data = read(options.dataset, "--dataset")
-    held_out = read(options.eval_dataset, "--eval-dataset") if options.eval_dataset else None
+    data, held_out = read_both(options, read)
     set_seed(config.seed)  # before the score layer, whose weights start at random
     with told_errors("fastppo reward"):
         return RewardTrainer(
@@ -41,27 +40,15 @@ def build(options: Any, config: Any) -> Any:
         )
 
 
-def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from fastppo.cli.stage import first_and_last
-
-    found = {"steps": max((row["step"] for row in rows), default=0)}
-    if both := first_and_last(rows, "loss", 1):
-        found |= {"loss_first": both[0], "loss_last": both[1]}
-    for name in ("accuracy", "eval_accuracy"):
-        if both := first_and_last(rows, name, 1):
-            found[f"{name}_last"] = both[1]
-    return found
-
-
-def stage() -> Any:
-    from fastppo.cli.stage import Stage
-
-    return Stage("reward", build, PANELS, COLUMNS, results)
+STAGE = Stage(
+    "reward",
+    "fastppo:RewardConfig",
+    build,
+    PANELS,
+    COLUMNS,
+    (Figure("loss", "loss"), *(Figure(name, name, first=False) for name in ("accuracy", "eval_accuracy"))),
+)
 
 
 def run(argv: Sequence[str]) -> int:
-    from fastppo import RewardConfig
-    from fastppo.cli.stage import run_stage
-
-    given = read_stage(argv, StageOptions, RewardConfig, "fastppo reward", __doc__)
-    return run_stage(stage(), given, RewardConfig)[0]
+    return STAGE.run(argv, __doc__)

@@ -6,7 +6,7 @@ fastppo sft --model gpt2 --dataset demonstrations.jsonl --output-dir runs/sft --
 from collections.abc import Sequence
 from typing import Any
 
-from fastppo.cli.stage_options import StageOptions, read_stage
+from fastppo.cli.stage_options import Figure, Stage
 
 PANELS = (
     ("loss", "Loss", "nats per token", "#0b7a75"),
@@ -24,7 +24,7 @@ COLUMNS = (
 
 def build(options: Any, config: Any) -> Any:
     from fastppo import SFTTrainer
-    from fastppo.cli.pairs import as_dataset, check_columns, demonstration, rows_of
+    from fastppo.cli.pairs import as_dataset, check_columns, demonstration, read_both, rows_of
     from fastppo.cli.stage import adapter, told_errors
 
     def read(source: str, flag: str) -> Any:
@@ -38,33 +38,22 @@ def build(options: Any, config: Any) -> Any:
             rows = [demonstration(row) for row in rows]
         return as_dataset(rows, f"{flag}: {source}")
 
-    data = read(options.dataset, "--dataset")
-    held_out = read(options.eval_dataset, "--eval-dataset") if options.eval_dataset else None
+    data, held_out = read_both(options, read)
     with told_errors("fastppo sft"):
         return SFTTrainer(
             options.model, config, train_dataset=data, eval_dataset=held_out, peft_config=adapter(options, "CAUSAL_LM")
         )
 
 
-def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from fastppo.cli.stage import first_and_last
-
-    found = {"steps": max((row["step"] for row in rows), default=0)}
-    for name in ("loss", "eval_loss"):
-        if both := first_and_last(rows, name, 1):
-            found |= {f"{name}_first": both[0], f"{name}_last": both[1]}
-    return found
-
-
-def stage() -> Any:
-    from fastppo.cli.stage import Stage
-
-    return Stage("sft", build, PANELS, COLUMNS, results)
+STAGE = Stage(
+    "sft",
+    "fastppo:SFTConfig",
+    build,
+    PANELS,
+    COLUMNS,
+    (Figure("loss", "loss"), Figure("eval_loss", "eval_loss")),
+)
 
 
 def run(argv: Sequence[str]) -> int:
-    from fastppo import SFTConfig
-    from fastppo.cli.stage import run_stage
-
-    given = read_stage(argv, StageOptions, SFTConfig, "fastppo sft", __doc__)
-    return run_stage(stage(), given, SFTConfig)[0]
+    return STAGE.run(argv, __doc__)

@@ -3,8 +3,7 @@
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,10 @@ from fastppo.cli.phases import Phases
 from fastppo.cli.screen import Screen
 from fastppo.cli.session import quiet_libraries
 from fastppo.cli.stage_folder import CURVES, SAMPLES, StageFolder
-from fastppo.cli.stage_options import Given
+from fastppo.cli.stage_options import Given, Stage
 from fastppo.run_folder import checkpoints
 
 STOPPING = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
-
-
-@dataclass(frozen=True)
-class Stage:
-    """name: the command. build(options, configuration) -> trainer, nothing trained yet. panels: of curves.png. columns:
-    of the screen. results(metrics.jsonl's lines) -> what the run came to. probe(trainer) -> sample answers."""
-
-    name: str
-    build: Callable[[Any, Any], Any]
-    panels: Sequence[tuple[str, str, str, str]]
-    columns: Sequence[tuple[str, str, str]]
-    results: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    step_name: str = "optimizer step"
-    probe: Callable[[Any], list[dict[str, Any]]] | None = None
 
 
 class Recorder(TrainerCallback):
@@ -113,7 +98,7 @@ def adapter(options: Any, task: str) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, task_type=task, target_modules="all-linear")
 
 
-def run_stage(stage: Stage, given: Given, config_class: type) -> tuple[int, dict[str, Any]]:
+def run_stage(stage: Stage, given: Given) -> tuple[int, dict[str, Any]]:
     """(exit status, results): 0 when the stage is finished (by this start or an earlier one), 130 when interrupted."""
     from accelerate import PartialState
 
@@ -127,7 +112,7 @@ def run_stage(stage: Stage, given: Given, config_class: type) -> tuple[int, dict
         return 0, results
     check_model(options.model)
     with quiet_libraries(), quiet_datasets():
-        trainer = stage.build(options, given.configuration(config_class))
+        trainer = stage.build(options, given.configuration(stage.config_class))
         if is_main:
             folder.write_about()
         return train_and_save(stage, trainer, folder)
@@ -193,11 +178,3 @@ def finished(stage: Stage, trainer: Any, screen: Screen, folder: StageFolder) ->
 
 def told(results: Mapping[str, Any]) -> str:
     return ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in results.items())
-
-
-def first_and_last(rows: Sequence[Mapping[str, Any]], name: str, window: int = 5) -> tuple[float, float] | None:
-    """Means of the first and the last `window` lines that have `name`; None without any."""
-    values = [row[name] for row in rows if row.get(name) is not None]
-    if not values:
-        return None
-    return sum(values[:window]) / len(values[:window]), sum(values[-window:]) / len(values[-window:])

@@ -3,12 +3,13 @@
 import dataclasses
 import enum
 import functools
+import importlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastppo.cli.errors import UserError
 from fastppo.cli.options import check_values, comments, load_yaml, parse_over, take_config, with_help
@@ -21,22 +22,28 @@ DEFAULTS = {"disable_tqdm": True, "save_steps": 100.0, "save_total_limit": 1}
 
 
 @dataclass
-class StageOptions:
-    """What all stages take."""
+class RunOptions:
+    """What the stages and the pipeline take."""
 
     model: str = ""
-    """The model to start from: a folder or a hub id. Required."""
+    """The language model to start from: a folder or a hub id. Required."""
+    dataset_split: str = "train"
+    """Split of a dataset from the hub."""
+    overwrite: bool = False
+    """Start anew in an --output-dir that holds a run."""
+
+
+@dataclass
+class StageOptions(RunOptions):
+    """What all stages take."""
+
     dataset: str = ""
     """A .jsonl, .json or .parquet file, a folder that `datasets` saved, or a hub id. Required."""
     eval_dataset: str | None = None
     """Held-out rows in the same form."""
-    dataset_split: str = "train"
-    """Split of a dataset from the hub."""
     output_dir: Path | None = None
     """Where the run goes; a new folder under runs/ when not given. Started again with the same folder and options, an
     unfinished run goes on and a finished one is left alone."""
-    overwrite: bool = False
-    """Start anew in an --output-dir that holds a run."""
     lora_rank: int | None = None
     """Train LoRA adapters of this rank instead of all weights; the saved model has them merged."""
 
@@ -55,6 +62,53 @@ class Given:
             return cls(output_dir=str(self.options.output_dir), **self.config)
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(str(error)) from error
+
+
+class Figure(NamedTuple):
+    """A line of results.json: means of the first (perhaps) and the last `window` values of a metric, as NAME_first, NAME_last."""
+
+    metric: str
+    name: str
+    window: int = 1
+    first: bool = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: the command. config: "module:class". build(options, configuration) -> trainer, nothing trained yet. panels: of
+    curves.png. columns: of the screen. figures: of results.json. probe(trainer) -> sample answers."""
+
+    name: str
+    config: str
+    build: Callable[[Any, Any], Any]
+    panels: Sequence[tuple[str, str, str, str]]
+    columns: Sequence[tuple[str, str, str]]
+    figures: Sequence[Figure]
+    options: type = StageOptions
+    step_name: str = "optimizer step"
+    probe: Callable[[Any], list[dict[str, Any]]] | None = None
+
+    @property
+    def config_class(self) -> type:
+        module, name = self.config.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def run(self, argv: Sequence[str], description: str) -> int:
+        """The command; its exit status."""
+        from fastppo.cli.stage import run_stage
+
+        made = read_stage(argv, self.options, self.config_class, f"fastppo {self.name}", description)
+        return run_stage(self, made)[0]
+
+    def results(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the run came to, from the lines of metrics.jsonl."""
+        found = {"steps": max((row["step"] for row in rows), default=0)}
+        for figure in self.figures:
+            if values := [row[figure.metric] for row in rows if row.get(figure.metric) is not None]:
+                first, last = values[: figure.window], values[-figure.window :]
+                found |= {f"{figure.name}_first": sum(first) / len(first)} if figure.first else {}
+                found |= {f"{figure.name}_last": sum(last) / len(last)}
+        return found
 
 
 def plain(hint: Any) -> Any:
@@ -89,7 +143,7 @@ def flat_class(name: str, own: type, config: type) -> type:
     from transformers import TrainingArguments
 
     made = []
-    hints, said = typing.get_type_hints(own), comments(StageOptions) | comments(own)
+    hints, said = typing.get_type_hints(own), comments(RunOptions) | comments(StageOptions) | comments(own)
     for field in dataclasses.fields(own):
         made.append((field.name, with_help(hints[field.name], said.get(field.name, "")), field))
     taken, hints = {field.name for field in dataclasses.fields(own)}, typing.get_type_hints(config)

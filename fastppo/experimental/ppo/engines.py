@@ -1,4 +1,4 @@
-"""The late trainer's optimisation on the engine (fastppo/engine): known models in float32 on a CPU, one process.
+"""The late trainer's scoring and optimisation on the engine (fastppo/engine): known models in float32 on a CPU, one process.
 
 Suffixes: R response tokens of a pack, D hidden.
 """
@@ -6,18 +6,18 @@ Suffixes: R response tokens of a pack, D hidden.
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastppo import packed
-from fastppo.data import Experience
 from fastppo.engine import Engine, engine_for
 from fastppo.engine.body import Body
 from fastppo.engine.engine import PROBE_TOLERANCE, inputs_of, probe
 from fastppo.engine.spec import read
-from fastppo.experimental.ppo.learner import Step
+from fastppo.experimental.ppo.learner import Reader
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
 from fastppo.models.head import output_head
 
@@ -59,45 +59,45 @@ class SeparateValues:
     def backward(self) -> None:
         self._body.backward(self._tape, self._leaf_RD.grad)
 
+    @torch.no_grad()
+    def score(self, pack: packed.Pack) -> torch.Tensor:
+        """[R]"""
+        body = Body(self.spec(), torch.float32, train=False)
+        hidden_RD, _ = body.forward(inputs_of(pack, 1), len(pack.at_R), keep=False)
+        return self.model.score(hidden_RD)[:, 0]
+
 
 class Fused:
-    """Policy and value function on the engine. learn() runs inside `started`; refresh() follows an optimizer step."""
+    """Policy and value function as one Engine for PackedLearner: learn() runs inside `started`. reference: only scored."""
 
-    def __init__(self, policy: Engine, separate: SeparateValues | None):
-        self.policy, self.separate = policy, separate
-        self._sequences: packed.Sequences | None = None
+    def __init__(self, policy: Engine, separate: SeparateValues | None, reference: Engine):
+        self.policy, self.separate, self.reference = policy, separate, reference
 
     def still_fits(self) -> bool:
-        return self.policy.still_fits() and (self.separate is None or not isinstance(self.separate.spec(), str))
+        fits = self.policy.still_fits() and self.reference.still_fits()
+        return fits and (self.separate is None or not isinstance(self.separate.spec(), str))
 
     @contextlib.contextmanager
-    def started(self, experience: Experience) -> Iterator[None]:
-        """experience: its [B, T] tensors have a column per response token."""
-        whole = [torch.cat([q, r]) for q, r in zip(experience.queries, experience.responses, strict=True)]
-        prompts, lengths = [len(q) for q in experience.queries], [len(ids) for ids in whole]
-        self._sequences = packed.Sequences(whole, prompts, lengths, [0] * len(whole), experience.mask_BT)
+    def started(self) -> Iterator["Fused"]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.policy.started(torch.float32))
             if self.separate is not None:
                 stack.enter_context(self.separate.started())
-            yield
-        self._sequences = None
+            yield self
 
     def refresh(self) -> None:
         self.policy.refresh()
         if self.separate is not None:
             self.separate.refresh()
 
-    def learn(self, rows: list[int], old: PPOBatch, options: PPOLossOptions, normalizer: float) -> Step:
-        """Loss and gradients (added to .grad) of some rows; old: [B, T] tensors of the batch."""
-        pack = packed.pack(self._sequences, rows, only_counting=True)
-        data = PPOBatch(*(x.flatten()[pack.flat_R] for x in old[:4]))
+    def learn(self, pack: packed.Pack, data: PPOBatch, options: PPOLossOptions, normalizer: float, backward: bool):
+        """Engine.learn, the value function's gradients included."""
         if self.separate is not None:
             self.separate.forward(pack)
-        done = self.policy.learn(pack, data, options, normalizer, backward=True)
+        done = self.policy.learn(pack, data, options, normalizer, backward)
         if self.separate is not None:
             self.separate.backward()
-        return Step(done.loss, done.stats, (done.logprob_R - data.old_logprobs_N).abs().sum())
+        return done
 
 
 def fused_for(trainer: "PPOTrainer") -> Fused | str:
@@ -118,7 +118,14 @@ def fused_for(trainer: "PPOTrainer") -> Fused | str:
             return spec
         if not probe(trainer.value_model, spec) <= PROBE_TOLERANCE:
             return "the value model's hidden states differ from its own modules'"
-    return Fused(made, separate)
+    if trainer.reference is None:
+        return "the reference is the policy's own model"
+    model = trainer.reference.packed.model
+    why = trainer.reference.full_logits
+    reference = why or engine_for(model, output_head(model), None, trainer._score_temperature)
+    if isinstance(reference, str):
+        return f"the reference: {reference}"
+    return Fused(made, separate, reference)
 
 
 def fused_of(trainer: "PPOTrainer") -> Fused | None:
@@ -128,3 +135,20 @@ def fused_of(trainer: "PPOTrainer") -> Fused | None:
         if isinstance(trainer.fused, str):
             logger.info("training runs the models' own modules: %s", trainer.fused)
     return trainer.fused if isinstance(trainer.fused, Fused) and trainer.fused.still_fits() else None
+
+
+def readers(trainer: "PPOTrainer") -> tuple[Reader, Reader, Reader]:
+    """Log-probs of the policy, of the reference, values."""
+    value = Reader(trainer.value, trainer.value.packed.attention)
+    if fused := fused_of(trainer):
+        policy, reference = (Reader(partial(_logprob, engine)) for engine in (fused.policy, fused.reference))
+        return policy, reference, value if fused.separate is None else Reader(fused.separate.score)
+    policy, reference = (
+        Reader(partial(scored.logprob, temperature=trainer._score_temperature), scored.packed.attention)
+        for scored in (trainer.policy, trainer.reference or trainer.policy)
+    )
+    return policy, reference, value
+
+
+def _logprob(engine: Engine, pack: packed.Pack) -> torch.Tensor:
+    return engine.score(pack, torch.float32, with_values=False)[0]

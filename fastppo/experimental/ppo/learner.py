@@ -1,49 +1,51 @@
-"""Score and learn from responses with a policy and a value function, without padding and without logits.
+"""The late trainer's models for the packed stages: score with them, and learn with packed_update.PackedLearner.
 
-Suffixes: B sequences, L prompt + response tokens, T response tokens, N packed tokens, R response tokens of all sequences
-(row after row), D hidden, V vocabulary.
+Suffixes: B sequences, T response tokens, N packed tokens, R response tokens of a pack (row after row), D hidden, V vocabulary.
 """
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fastppo.distributed import forward_as
+from fastppo import distributed
+from fastppo.data import Experience
 from fastppo.kernels.linear_logprob import linear_logprob
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.logprob import logprob
-from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss
+from fastppo.kernels.ppo_loss import PPOBatch, PPOStats, ppo_loss
 from fastppo.models.head import checked_output_head, output_head
+from fastppo.packed import Pack, Sequences, pack
 from fastppo.packed_model import PackedModel
-from fastppo.packing import PackedBatch, pack
+from fastppo.packed_update import PackedLearner, Result
+from fastppo.packing import PackedBatch
+from fastppo.update import loss_options
+
+if TYPE_CHECKING:
+    from fastppo.experimental.ppo.ppo_trainer import PPOTrainer
+
+logger = logging.getLogger(__name__)
 
 
-class Sequences(NamedTuple):
-    """Prompt + response of each row, right-padded, and which positions predict a response token."""
-
-    tokens_BL: torch.Tensor
-    real_BL: torch.Tensor  # bool, not padding
-    predicts_BL: torch.Tensor  # bool, the next token is a response token
-    mask_BT: torch.Tensor  # bool, response tokens; as many True per row as in predicts_BL
-
-    def rows(self, index: torch.Tensor) -> "Sequences":
-        """The rows `index`, cut to their longest."""
-        tokens, real, predicts, mask = (x[index] for x in self)
-        length = int(real.sum(1).max())
-        return Sequences(tokens[:, :length], real[:, :length], predicts[:, :length], mask)
+def sequences(prompts: list[torch.Tensor], responses: list[torch.Tensor], mask_BT: torch.Tensor) -> Sequences:
+    """[B, T] matrices of this batch have a column per response token."""
+    whole = [torch.cat([q.to(mask_BT.device), r.to(mask_BT.device)]) for q, r in zip(prompts, responses, strict=True)]
+    return Sequences(whole, [len(q) for q in prompts], [len(ids) for ids in whole], [0] * len(whole), mask_BT)
 
 
-def sequences(prompts: list[torch.Tensor], responses: list[torch.Tensor], mask_BT: torch.Tensor, pad: int) -> Sequences:
-    device = mask_BT.device
-    whole = [torch.cat([p.to(device), r.to(device)]) for p, r in zip(prompts, responses, strict=True)]
-    tokens_BL = nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=pad)
-    place_L = torch.arange(tokens_BL.shape[1], device=device)
-    ends_B1 = torch.tensor([[len(x)] for x in whole], device=device)
-    starts_B1 = torch.tensor([[len(x)] for x in prompts], device=device)
-    predicts_BL = (place_L >= starts_B1 - 1) & (place_L < ends_B1 - 1)
-    return Sequences(tokens_BL, place_L < ends_B1, predicts_BL, mask_BT)
+def padded(packed: Pack) -> tuple[torch.Tensor, PackedBatch]:
+    """(tokens [b, T], right-padded; the pack as PackedModel takes it)."""
+    tokens_1N = packed.tokens_1N
+    lengths_B1 = torch.tensor(packed.lengths, device=tokens_1N.device)[:, None]
+    place_T = torch.arange(max(packed.lengths), device=tokens_1N.device)
+    kept_BT = place_T < lengths_B1
+    tokens_BT = tokens_1N.new_zeros(kept_BT.shape).masked_scatter(kept_BT, tokens_1N)
+    positions_1N = place_T.expand_as(kept_BT)[kept_BT][None]
+    return tokens_BT, PackedBatch(tokens_1N, positions_1N, packed.cu_seqlens, len(place_T), kept_BT)
 
 
 class Policy:
@@ -54,19 +56,18 @@ class Policy:
         head = checked_output_head(model)
         self.full_logits = head if isinstance(head, str) else None
 
-    def states(self, part: Sequences, batch: PackedBatch) -> torch.Tensor:
+    def states(self, packed: Pack) -> torch.Tensor:
         """[R, D] hidden states, or [R, V] logits where full_logits says so."""
         run = self.packed.logits if self.full_logits else self.packed.hidden
-        return run(part.tokens_BL, batch)[batch.pick(part.predicts_BL)]
+        return run(*padded(packed)).index_select(0, packed.at_R)
 
-    def logprob(self, states: torch.Tensor, targets_R: torch.Tensor, temperature: float) -> Any:
+    def logprob(self, packed: Pack, temperature: float) -> torch.Tensor:
+        states, targets_R = self.states(packed), packed.targets_R
         if self.full_logits:
-            return logprob(states, targets_R, temperature=temperature)
-        return linear_logprob(states, output_head(self.packed.model), targets_R, temperature=temperature)
+            return logprob(states, targets_R, temperature=temperature).logprob_N
+        return linear_logprob(states, output_head(self.packed.model), targets_R, temperature=temperature).logprob_N
 
-    def loss(
-        self, states, values_R, targets_R, data: PPOBatch, options: PPOLossOptions, temperature, normalizer
-    ) -> Any:
+    def loss(self, states, values_R, targets_R, data: PPOBatch, options, temperature: float, normalizer: float) -> Any:
         """(loss, PPOStats, log-probs [R])."""
         if not self.full_logits:
             head = output_head(self.packed.model)
@@ -87,10 +88,11 @@ class SharedValue:
                 f"PPOTrainer: value_model=None puts the value head on the policy's hidden states, but {policy.full_logits}; "
                 "pass a value_model"
             )
-        self.model = model
+        self.model, self.policy, self.packed = model, policy, policy.packed
 
-    def __call__(self, states: torch.Tensor, part: Sequences, batch: PackedBatch) -> torch.Tensor:
-        return self.model.v_head(states)[:, 0].float()
+    def __call__(self, packed: Pack, states: torch.Tensor | None = None) -> torch.Tensor:
+        """[R]; states: the policy's, where they are known."""
+        return self.model.v_head(self.policy.states(packed) if states is None else states)[:, 0].float()
 
 
 class SeparateValue:
@@ -99,85 +101,109 @@ class SeparateValue:
     def __init__(self, model: nn.Module):
         self.packed = PackedModel(model)
 
-    def __call__(self, states: torch.Tensor, part: Sequences, batch: PackedBatch) -> torch.Tensor:
-        hidden_ND = self.packed.hidden(part.tokens_BL, batch)
-        return self.packed.inner.score(hidden_ND[batch.pick(part.predicts_BL)])[:, 0].float()
+    def __call__(self, packed: Pack, states: torch.Tensor | None = None) -> torch.Tensor:
+        hidden_RD = self.packed.hidden(*padded(packed)).index_select(0, packed.at_R)
+        return self.packed.inner.score(hidden_RD)[:, 0].float()
 
 
-def targets(part: Sequences, batch: PackedBatch) -> torch.Tensor:
-    """[R] response tokens."""
-    next_BL = part.tokens_BL.roll(-1, 1)
-    return next_BL[part.predicts_BL]
+def chunks(lengths: list[int], rows: list[int], size: int) -> Iterator[list[int]]:
+    """`rows` in chunks of `size`, sequences of about the same length together."""
+    order = sorted(rows, key=lambda row: -lengths[row])
+    return (order[i : i + size] for i in range(0, len(order), size))
 
 
-def chunks(data: Sequences, size: int) -> Iterator[tuple[torch.Tensor, Sequences]]:
-    """Rows in chunks of `size`, sequences of about the same length together."""
-    order = data.real_BL.sum(1).argsort(descending=True, stable=True)
-    for index in order.split(size):
-        yield index, data.rows(index)
+class Reader(NamedTuple):
+    """read(pack) -> [R] at its response tokens, inside `context()`."""
 
-
-def scatter(out_BT: torch.Tensor, index: torch.Tensor, mask_bT: torch.Tensor, values_R: torch.Tensor) -> None:
-    """out_BT[index] = values_R where mask_bT is True."""
-    part = torch.zeros_like(mask_bT, dtype=out_BT.dtype)
-    part[mask_bT] = values_R.to(out_BT.dtype)
-    out_BT[index] = part
+    read: Callable[[Pack], torch.Tensor]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 @torch.no_grad()
-def score_logprobs(policy: Policy, data: Sequences, size: int, temperature: float) -> torch.Tensor:
-    """[B, T] log-probs of the response tokens in nats, 0 elsewhere."""
-    out_BT = torch.zeros(data.mask_BT.shape, device=data.mask_BT.device)
-    with policy.packed.attention():
-        for index, part in chunks(data, size):
-            batch = pack(part.tokens_BL, part.real_BL)
-            states = policy.states(part, batch)
-            scatter(out_BT, index, part.mask_BT, policy.logprob(states, targets(part, batch), temperature).logprob_N)
+def score(reader: Reader, data: Sequences, size: int) -> torch.Tensor:
+    """[B, T]: what is read at the response tokens, 0 elsewhere; `size` sequences at a time."""
+    out_BT = torch.zeros(data.shape, device=data.mask_BT.device)
+    with reader.context():
+        for rows in chunks(data.lengths, range(len(data.tokens)), size):
+            packed = pack(data, rows, only_counting=False)
+            out_BT.view(-1)[packed.flat_R] = reader.read(packed).float()
     return out_BT
 
 
-@torch.no_grad()
-def score_values(policy: Policy, value: SharedValue | SeparateValue, data: Sequences, size: int) -> torch.Tensor:
-    """[B, T] values of the positions that predict the response tokens, 0 elsewhere."""
-    out_BT = torch.zeros(data.mask_BT.shape, device=data.mask_BT.device)
-    shared = isinstance(value, SharedValue)
-    with (policy if shared else value).packed.attention():
-        for index, part in chunks(data, size):
-            batch = pack(part.tokens_BL, part.real_BL)
-            states = policy.states(part, batch) if shared else None
-            scatter(out_BT, index, part.mask_BT, value(states, part, batch))
-    return out_BT
+class Optimised(NamedTuple):
+    """One optimizer step: statistics of its mini-batch over all processes, gradient norm before clipping."""
 
-
-class Step(NamedTuple):
-    """One micro-batch: its loss, statistics, and mean and count of |new - old log-prob|."""
-
-    loss: torch.Tensor
     stats: PPOStats
-    distance: torch.Tensor
+    grad_norm: float
 
 
-def micro_step(
-    policy: Policy,
-    value: SharedValue | SeparateValue,
-    part: Sequences,
-    old: PPOBatch,
-    options: PPOLossOptions,
-    temperature: float,
-    normalizer: float,
-) -> Step:
-    """Loss of some rows; old: [b, T] tensors of these rows."""
-    batch = pack(part.tokens_BL, part.real_BL)
-    states = policy.states(part, batch)
-    values_R = value(states, part, batch)
-    data = PPOBatch(*(x[part.mask_BT] for x in old[:4]))
-    loss, stats, logprobs_R = policy.loss(
-        states, values_R, targets(part, batch), data, options, temperature, normalizer
-    )
-    return Step(loss, stats, (logprobs_R.detach() - data.old_logprobs_N).abs().sum())
+class Learner(PackedLearner):
+    """PackedLearner with a policy and a value function of their own; one mini-batch per optimizer step."""
 
+    def __init__(self, trainer: "PPOTrainer", data: Sequences, experience: Experience):
+        accelerator, args = trainer.accelerator, trainer.args
+        config = SimpleNamespace(
+            cliprange=args.cliprange,
+            cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
+            max_grad_norm=args.max_grad_norm or None,
+            ratio_threshold=float("inf"),
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+        )
+        # what PackedLearner asks the classic trainer for
+        view = SimpleNamespace(
+            accelerator=accelerator,
+            config=config,
+            model=trainer.model_wrapped,
+            model_params=[p for p in trainer._wrapper.parameters() if p.requires_grad],
+            optimizer=trainer.optimizer,
+            is_distributed=accelerator.num_processes > 1,
+            current_device=accelerator.device,
+            _guard=trainer.guard,
+            _steps_done=trainer.state.global_step + 1,
+        )
+        super().__init__(view, data, experience, tolerance=None)
+        self.late = trainer
+        self.steps: list[Optimised] = []
 
-def as_forward(module: nn.Module, wrapped: nn.Module, function: Callable[[], Step]) -> Step:
-    """`function()` as the forward pass of `module` inside `wrapped` (DDP), whose hooks then see it."""
-    with forward_as(module, function):
-        return wrapped()
+    @contextlib.contextmanager
+    def started(self, engine: Any) -> Iterator["Learner"]:
+        """learn() runs inside. engine: engines.Fused, or None for the models' own modules."""
+        with contextlib.ExitStack() as stack:
+            if engine is not None:
+                self.engine = stack.enter_context(engine.started())
+            else:
+                for packed in {id(x): x for x in (self.late.policy.packed, self.late.value.packed)}.values():
+                    stack.enter_context(packed.attention())
+            yield self
+
+    def _packs(self, rows: list[int]) -> list[Pack]:
+        micros = chunks(self.sequences.lengths, rows, self.late.micro_rows)
+        packs = [pack(self.sequences, micro, only_counting=True) for micro in micros]
+        return [packed for packed in packs if len(packed.flat_R)]
+
+    def _minibatch(self, packs: list[Pack], share: distributed.Share, backward: bool) -> Result:
+        # a mini-batch is an optimizer step: undo accelerate's division by its number of accumulation steps
+        count = share.normalizer / self.trainer.config.gradient_accumulation_steps
+        return super()._minibatch(packs, share._replace(normalizer=count), backward)
+
+    def _forward(self, packed: Pack, count: float) -> tuple[torch.Tensor, Result]:
+        late, data = self.late, self._data(packed)
+        with late.accelerator.autocast():
+            states = late.policy.states(packed)
+            values_R = late.value(packed, states)
+            loss, stats, logprob_R = late.policy.loss(
+                states, values_R, packed.targets_R, data, loss_options(late.args), late._score_temperature, count
+            )
+        return loss, Result(stats, packed.flat_R, logprob_R.detach() - data.old_logprobs_N)
+
+    def _stats(self, rows: list[int], result: Result, means: dict[str, float]) -> Optimised:
+        return Optimised(result.sums, self.grad_norm)
+
+    def _halve_budget(self, group: list[list[int]]) -> None:
+        late = self.late
+        if late.micro_rows == 1 or self.trainer.is_distributed:
+            raise torch.OutOfMemoryError("PPOTrainer: out of memory on one sequence; shorten responses")
+        late.micro_rows = -(-late.micro_rows // 2)
+        logger.warning("out of memory: micro-batches have %d sequences from here on", late.micro_rows)
+        torch.cuda.empty_cache()

@@ -6,7 +6,6 @@ Suffixes: B sequences, T response tokens.
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,49 +20,22 @@ from transformers.trainer_utils import TrainOutput, set_seed
 
 from fastppo import distributed
 from fastppo.data import Rollout
-from fastppo.experimental.ppo import evaluation, learner, updates
-from fastppo.experimental.ppo.functions import (
-    INVALID_LOGPROB,
-    batch_generation,
-    exact_div,
-    forward,
-    generate,
-    masked_mean,
-    masked_var,
-    masked_whiten,
-    print_rich_table,
-    truncate_response,
-)
+from fastppo.experimental.ppo import evaluation, functions, learner, saving, updates
+from fastppo.experimental.ppo.functions import *  # noqa: F403  scripts import TRL's functions from this module
 from fastppo.experimental.ppo.models import PolicyAndValueWrapper, disable_dropout, with_value_head
 from fastppo.experimental.ppo.ppo_config import PPOConfig
-from fastppo.experimental.ppo.prompts import PromptBatch, PromptCollator, PromptStream, prepare_prompts
-from fastppo.experimental.ppo.rewards import Judged, Rewards
+from fastppo.experimental.ppo.prompts import PromptBatch, PromptCollator, prepare_prompts, prompt_stream
+from fastppo.experimental.ppo.rewards import Rewards
 from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.generation import Generator
 from fastppo.model_card import write_model_card
 from fastppo.models import create_reference_model
-from fastppo.run_folder import remove_old, resolve, whole_or_nothing
+from fastppo.run_folder import resolve
 from fastppo.score import NonFinite
 from fastppo.supervised import add_adapter
 from fastppo.update import Guard
 
-__all__ = [
-    "INVALID_LOGPROB",
-    "OnlineTrainerState",
-    "PPOTrainer",
-    "PolicyAndValueWrapper",
-    "batch_generation",
-    "exact_div",
-    "forward",
-    "generate",
-    "masked_mean",
-    "masked_var",
-    "masked_whiten",
-    "print_rich_table",
-    "truncate_response",
-]
-
-logger = logging.getLogger(__name__)
+__all__ = [*functions.__all__, "OnlineTrainerState", "PPOTrainer", "PolicyAndValueWrapper"]
 
 
 class PPOTrainer(Trainer):
@@ -165,25 +137,11 @@ class PPOTrainer(Trainer):
             is_world_process_zero=self.is_world_process_zero(),
             stateful_callbacks=stateful,
         )
-        self.dataloader = self._make_dataloader()
+        self.stream = prompt_stream(args, len(self.train_dataset), self.accelerator.process_index)
+        loading = {"collate_fn": self.data_collator, "num_workers": args.dataloader_num_workers}
+        self.dataloader = DataLoader(self.train_dataset, batch_sampler=self.stream, **loading)
 
     # --- data ---------------------------------------------------------------------------------------------------------
-
-    def _make_dataloader(self) -> DataLoader:
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.stream = PromptStream(
-            len(self.train_dataset),
-            args.batch_size,
-            args.num_total_batches,
-            seed,
-            self.accelerator.process_index,
-            args.world_size,
-        )
-        workers = args.dataloader_num_workers
-        return DataLoader(
-            self.train_dataset, batch_sampler=self.stream, collate_fn=self.data_collator, num_workers=workers
-        )
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of args.local_batch_size prompts, one for each update."""
@@ -214,22 +172,7 @@ class PPOTrainer(Trainer):
 
     def rollout(self, prompts: list[torch.Tensor], seed: int, temperature: float | None = None) -> Rollout:
         """Responses of the policy, at args.temperature unless told otherwise."""
-        args = self.args
-        temperature = args.temperature if temperature is None else temperature
-        options = {"do_sample": temperature > 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": args.response_length}
-        options |= {"temperature": temperature} if temperature > 0 else {}
-        # -1: no token ends a response
-        options["eos_token_id"] = -1 if self.stop_token_id is None else self.stop_token_id
-        options["pad_token_id"] = self.tokenizer.pad_token_id
-        options |= args.generation_kwargs or {}
-        with self.accelerator.autocast():
-            prompts = [prompt.to(self.accelerator.device) for prompt in prompts]
-            # a prompt gets the same random numbers whatever the process that has it
-            options["first_prompt"] = self.accelerator.process_index * (args.local_batch_size or 0)
-            options |= {"seed": seed, "logprob_temperature": self._score_temperature}
-            return distributed.whole(
-                self.accelerator, self._wrapper, lambda: self.generator.generate(prompts, **options)
-            )
+        return updates.rollout(self, prompts, seed, temperature)
 
     @property
     def _score_temperature(self) -> float:
@@ -237,19 +180,7 @@ class PPOTrainer(Trainer):
 
     def judge(self, rollout: Rollout, columns: dict[str, list]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(scores [B] with missing_eos_penalty, scores of each reward by name), on the CPU."""
-        args = self.args
-        data = learner.sequences(rollout.prompts, rollout.responses, rollout.mask_BT, self.tokenizer.pad_token_id)
-        completions = self.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
-        prompts = next((columns[n] for n in ("prompt", "query") if isinstance(columns.get(n, [None])[0], str)), None)
-        if prompts is None:
-            prompts = self.tokenizer.batch_decode(rollout.prompts, skip_special_tokens=True)
-        with self.accelerator.autocast():
-            judged = Judged(data.tokens_BL, data.real_BL, list(prompts), list(completions), columns)
-            scores_B, named = self._rewards(judged)
-        if args.missing_eos_penalty is not None:
-            ended_B = ((rollout.tokens_BT == self.tokenizer.eos_token_id) & rollout.mask_BT).any(1).cpu()
-            scores_B = scores_B - args.missing_eos_penalty * (~ended_B).float()
-        return scores_B, named
+        return updates.judge(self, rollout, columns)
 
     def update(self, batch: PromptBatch) -> dict[str, float]:
         """One update: the metrics that TRL logs, and each reward's mean when there are several."""
@@ -262,8 +193,8 @@ class PPOTrainer(Trainer):
         except NonFinite as error:
             self.guard.report(f"{error} (update {number + 1})")
             return {}
-        steps = updates.optimise(self, experience, data, number)
-        return updates.metrics(self, rollout, experience, named, steps)
+        learnt = updates.optimise(self, experience, data, number)
+        return updates.metrics(self, rollout, experience, named, learnt)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -279,10 +210,10 @@ class PPOTrainer(Trainer):
         self.create_scheduler(num_training_steps=args.num_total_batches, optimizer=self.optimizer)
         checkpoint = resolve(args.output_dir, resume_from_checkpoint)
         if checkpoint:
-            updates.load_weights(self, Path(checkpoint))
+            saving.load_weights(self, Path(checkpoint))
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if checkpoint:
-            updates.load_resume(self, Path(checkpoint))
+            saving.load_resume(self, Path(checkpoint))
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = self.dataloader
@@ -321,10 +252,8 @@ class PPOTrainer(Trainer):
         if self.control.should_save:
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        first = (
-            (self.state.global_step - 1) % self.sample_generations_freq == 0 if self.sample_generations_freq else False
-        )
-        if first and self.eval_dataset is not None:
+        every = self.sample_generations_freq
+        if every and (self.state.global_step - 1) % every == 0 and self.eval_dataset is not None:
             self.generate_completions(sampling=True)
 
     def generate_completions(self, sampling: bool = False) -> dict[str, list]:
@@ -345,8 +274,7 @@ class PPOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy alone (with PEFT its adapter alone), and the tokenizer. Every process must call it."""
-        state = distributed.state_dict(self.policy_model) if distributed.fsdp_units(self._wrapper) else None
-        self._write_model(output_dir, _internal_call, state)
+        self._write_model(output_dir, _internal_call, saving.policy_state(self))
 
     def _write_model(self, output_dir: str | None, _internal_call: bool, state: dict | None) -> None:
         """state: the policy's whole tensors where they are sharded."""
@@ -360,18 +288,7 @@ class PPOTrainer(Trainer):
             self.model = whole
 
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        resume = updates.collect_resume(self)
-        state = distributed.state_dict(self.policy_model) if distributed.fsdp_units(self._wrapper) else None
-        if self.args.should_save:
-            with whole_or_nothing(folder) as temporary:
-                self._write_model(str(temporary), True, state)
-                self.create_model_card(folder=temporary)
-                updates.save_resume(self, temporary, resume)
-            remove_old(self.args.output_dir, self.args.save_total_limit)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(folder))
-        self.accelerator.wait_for_everyone()
+        saving.save_checkpoint(self)
 
     def create_model_card(
         self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, folder: Any = None, **_: Any

@@ -94,3 +94,9 @@ class PromptStream(torch.utils.data.Sampler):
     def _order(self, epoch: int) -> list[int]:
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.length, generator=draw).tolist()
+
+
+def prompt_stream(args: Any, length: int, rank: int) -> PromptStream:
+    """The stream of a dataset of `length` rows that args.data_seed, or args.seed, orders."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return PromptStream(length, args.batch_size, args.num_total_batches, seed, rank, args.world_size)

@@ -1,57 +1,91 @@
-"""Prepare and optimise for the late trainer: Rollout + scores -> Experience -> optimizer steps -> metrics; resume files.
+"""The stages of the late trainer's update: prompts -> Rollout -> scores -> Experience -> optimizer steps -> metrics.
 
 Suffixes: B sequences, T response tokens.
 """
 
-import contextlib
 import logging
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from fastppo import distributed
 from fastppo.data import Experience, Rollout
 from fastppo.experience import advantages_and_returns, kl_rewards
 from fastppo.experimental.ppo import learner
-from fastppo.experimental.ppo.engines import fused_of
-from fastppo.experimental.ppo.state import OnlineTrainerState
-from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOLossOptions, PPOStats
-from fastppo.update import clip
+from fastppo.experimental.ppo.engines import fused_of, readers
+from fastppo.experimental.ppo.rewards import Judged
+from fastppo.packed import Sequences
 
 if TYPE_CHECKING:
     from fastppo.experimental.ppo.ppo_trainer import PPOTrainer
 
 logger = logging.getLogger(__name__)
 
-VALUE_FILE, RESUME_FILE, STATE_FILE = "value.safetensors", "resume.pt", "trainer_state.json"
+
+def rollout(trainer: "PPOTrainer", prompts: list[torch.Tensor], seed: int, temperature: float | None) -> Rollout:
+    """Responses of the policy, at args.temperature unless told otherwise."""
+    args, accelerator = trainer.args, trainer.accelerator
+    temperature = args.temperature if temperature is None else temperature
+    options = {"do_sample": temperature > 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": args.response_length}
+    options |= {"temperature": temperature} if temperature > 0 else {}
+    # -1: no token ends a response
+    options["eos_token_id"] = -1 if trainer.stop_token_id is None else trainer.stop_token_id
+    options["pad_token_id"] = trainer.tokenizer.pad_token_id
+    options |= args.generation_kwargs or {}
+    # a prompt gets the same random numbers whatever the process that has it
+    options["first_prompt"] = accelerator.process_index * (args.local_batch_size or 0)
+    options |= {"seed": seed, "logprob_temperature": trainer._score_temperature}
+    with accelerator.autocast():
+        prompts = [prompt.to(accelerator.device) for prompt in prompts]
+        generate = partial(trainer.generator.generate, prompts, **options)
+        return distributed.whole(accelerator, trainer._wrapper, generate)
 
 
-def prepare(trainer: "PPOTrainer", rollout: Rollout, scores_B: torch.Tensor) -> tuple[Experience, learner.Sequences]:
+def judge(trainer: "PPOTrainer", rollout: Rollout, columns: dict[str, list]) -> tuple[torch.Tensor, dict]:
+    """(scores [B] with missing_eos_penalty, scores of each reward by name), on the CPU."""
+    args, tokenizer, responses = trainer.args, trainer.tokenizer, rollout.responses
+    whole = [torch.cat([q.to(r.device), r]) for q, r in zip(rollout.prompts, responses, strict=True)]
+    tokens_BL = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=tokenizer.pad_token_id)
+    lengths_B1 = torch.tensor([[len(ids)] for ids in whole], device=tokens_BL.device)
+    real_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device) < lengths_B1
+    completions = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    prompts = next((columns[n] for n in ("prompt", "query") if isinstance(columns.get(n, [None])[0], str)), None)
+    if prompts is None:
+        prompts = tokenizer.batch_decode(rollout.prompts, skip_special_tokens=True)
+    with trainer.accelerator.autocast():
+        judged = Judged(tokens_BL, real_BL, list(prompts), list(completions), columns)
+        scores_B, named = trainer._rewards(judged)
+    if args.missing_eos_penalty is not None:
+        ended_B = ((rollout.tokens_BT == tokenizer.eos_token_id) & rollout.mask_BT).any(1).cpu()
+        scores_B = scores_B - args.missing_eos_penalty * (~ended_B).float()
+    return scores_B, named
+
+
+def prepare(trainer: "PPOTrainer", rollout: Rollout, scores_B: torch.Tensor) -> tuple[Experience, Sequences]:
     """Log-probs, values and reference log-probs, then rewards, advantages and returns."""
-    args, mask_BT = trainer.args, rollout.mask_BT
-    size, temperature = args.local_rollout_forward_batch_size, trainer._score_temperature
-    data = learner.sequences(rollout.prompts, rollout.responses, mask_BT, trainer.tokenizer.pad_token_id)
-    accelerator, recompute = trainer.accelerator, args.old_logprobs == "recompute"
+    args, mask_BT, accelerator = trainer.args, rollout.mask_BT, trainer.accelerator
+    recompute = args.old_logprobs == "recompute"
+    data = learner.sequences(rollout.prompts, rollout.responses, mask_BT)
+    policy, reference, value = readers(trainer)
+    size = args.local_rollout_forward_batch_size
 
     def of_policy():
         values_BT, logprobs_BT, ref_BT = rollout.values_BT, rollout.logprobs_BT, None
         if values_BT is None or recompute:
-            values_BT = learner.score_values(trainer.policy, trainer.value, data, size)
+            values_BT = learner.score(value, data, size)
         if logprobs_BT is None or recompute:
-            logprobs_BT = learner.score_logprobs(trainer.policy, data, size, temperature)
+            logprobs_BT = learner.score(policy, data, size)
         if not trainer.reference:
             with trainer.null_ref_context():
-                ref_BT = learner.score_logprobs(trainer.policy, data, size, temperature)
+                ref_BT = learner.score(reference, data, size)
         return values_BT, logprobs_BT, ref_BT
 
     with accelerator.autocast():
         values_BT, logprobs_BT, ref_BT = distributed.whole(accelerator, trainer._wrapper, of_policy)
         if trainer.reference:
-            score = partial(learner.score_logprobs, trainer.reference, data, size, temperature)
-            ref_BT = distributed.whole(accelerator, trainer.ref_model, score)
+            of_reference = partial(learner.score, reference, data, size)
+            ref_BT = distributed.whole(accelerator, trainer.ref_model, of_reference)
     scores_B = scores_B.to(mask_BT.device)
     shaped = kl_rewards(scores_B, logprobs_BT, ref_BT, mask_BT, kl_coef=args.kl_coef, kind=args.kl_estimator)
     values_BT, advantages_BT, returns_BT = advantages_and_returns(
@@ -82,28 +116,18 @@ def prepare(trainer: "PPOTrainer", rollout: Rollout, scores_B: torch.Tensor) -> 
     return experience, data
 
 
-class Optimised(NamedTuple):
-    """One optimizer step: statistics of its mini-batch, this process's share of the mean |new - old log-prob|, gradient
-    norm before clipping."""
-
-    stats: PPOStats
-    distance: float
-    grad_norm: float
-
-
-def optimise(trainer: "PPOTrainer", experience: Experience, data: learner.Sequences, number: int) -> list[Optimised]:
-    """args.num_ppo_epochs times over the batch, one optimizer step per mini-batch."""
-    args, steps = trainer.args, []
-    old = PPOBatch(experience.logprobs_BT, experience.values_BT, experience.advantages_BT, experience.returns_BT)
+def optimise(trainer: "PPOTrainer", experience: Experience, data: Sequences, number: int) -> learner.Learner:
+    """args.num_ppo_epochs times over the batch, one optimizer step per mini-batch; the learner's `steps` tell of them."""
+    args = trainer.args
     draw = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
-    fused = fused_of(trainer)
-    with fused.started(experience) if fused else contextlib.nullcontext():
+    made = learner.Learner(trainer, data, experience)
+    with made.started(fused_of(trainer)):
         for _ in range(args.num_ppo_epochs):
-            order = torch.randperm(args.local_batch_size, generator=draw).to(data.mask_BT.device)
+            order = torch.randperm(args.local_batch_size, generator=draw)
             for index in order.split(args.local_mini_batch_size):
-                index = index[index < len(data.mask_BT)]  # beside others a process may have fewer prompts
-                steps.append(_minibatch(trainer, old, data, index, fused))
-    distance = float(distributed.table(trainer.accelerator, [steps[0].distance]).sum())
+                # beside others a process may have fewer prompts
+                made.steps += made.learn([[row for row in index.tolist() if row < len(data.tokens)]])
+    distance = made.mismatch.mean
     if experience.from_rollout and distance > args.max_mismatch:
         logger.warning(
             "log-probs of the rollout and of training differ by %.3g nats on average (allowed: max_mismatch=%g); "
@@ -111,84 +135,14 @@ def optimise(trainer: "PPOTrainer", experience: Experience, data: learner.Sequen
             distance,
             args.max_mismatch,
         )
-    return steps
+    return made
 
 
-def _minibatch(trainer: "PPOTrainer", old: PPOBatch, data: learner.Sequences, index: torch.Tensor, fused) -> Optimised:
-    while True:
-        try:
-            stats, distance = _gradients(trainer, old, data, index, fused)
-            break
-        except torch.OutOfMemoryError:
-            trainer.optimizer.zero_grad()
-            if trainer.micro_rows == 1 or trainer.accelerator.num_processes > 1:
-                raise
-            trainer.micro_rows = -(-trainer.micro_rows // 2)
-            logger.warning("out of memory: micro-batches have %d sequences from here on", trainer.micro_rows)
-            torch.cuda.empty_cache()
-    trainer.accelerator.unscale_gradients(trainer.optimizer)
-    (stats,) = distributed.share_stats(trainer.accelerator, [stats])
-    norm = clip(trainable(trainer), trainer.args.max_grad_norm or None)
-    # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
-    scaled = trainer.accelerator.scaler is not None
-    if scaled or trainer.guard.allows("the gradient norm", norm, index.tolist(), trainer.state.global_step + 1):
-        trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    return Optimised(stats, distance, norm)
-
-
-def _gradients(trainer, old: PPOBatch, data: learner.Sequences, index: torch.Tensor, fused) -> tuple[PPOStats, float]:
-    """Backward over the mini-batch in micro-batches whose losses add up to its mean over tokens."""
-    args, accelerator = trainer.args, trainer.accelerator
-    options = PPOLossOptions(args.cliprange, args.cliprange_value, args.vf_coef)
-    lengths = data.real_BL[index].sum(1)
-    micros = index[lengths.argsort(descending=True, stable=True)].split(trainer.micro_rows) if len(index) else []
-    tokens = int(data.mask_BT[index].sum())
-    ((normalizer, passes),) = distributed.shares(accelerator, [tokens], [len(micros)])
-    # sharded gradients are reduced after each pass: kept whole until the last they would need the memory of all
-    keeps_gradients = distributed.kind(accelerator) not in distributed.SHARDED
-    results = []
-    if fused:
-        fused.refresh()
-        results = [fused.learn(rows.tolist(), old, options, normalizer) for rows in micros]
-        micros, passes = (), 0
-    for place in range(passes):
-        # passes beyond this process's own keep the others company
-        is_own = place < len(micros)
-        rows = micros[place] if is_own else torch.zeros(1, dtype=torch.long, device=index.device)
-        part, part_old = data.rows(rows), PPOBatch(*(x[rows] for x in old[:4]))
-        with contextlib.ExitStack() as stack:
-            if keeps_gradients and place < passes - 1:
-                stack.enter_context(accelerator.no_sync(trainer.model_wrapped))
-            stack.enter_context(trainer.policy.packed.attention())
-            if isinstance(trainer.value, learner.SeparateValue):
-                stack.enter_context(trainer.value.packed.attention())
-            with accelerator.autocast():
-                step = _forward(trainer, part, part_old, options, normalizer)
-            # accelerate divides by its number of accumulation steps
-            accelerator.backward(step.loss * (accelerator.gradient_accumulation_steps if is_own else 0.0))
-        if is_own:
-            results.append(step)
-    stats = sum((step.stats for step in results), PPOStats((torch.zeros(len(STATS)),)))
-    distance = float(sum(step.distance for step in results))
-    return stats, distance / max(normalizer * accelerator.num_processes, 1.0)
-
-
-def _forward(trainer, part, old: PPOBatch, options: PPOLossOptions, normalizer: float) -> learner.Step:
-    def run() -> learner.Step:
-        temperature = trainer._score_temperature
-        return learner.micro_step(trainer.policy, trainer.value, part, old, options, temperature, normalizer)
-
-    return learner.as_forward(trainer._wrapper, trainer.model_wrapped, run)
-
-
-def trainable(trainer: "PPOTrainer") -> list[torch.nn.Parameter]:
-    return [parameter for parameter in trainer._wrapper.parameters() if parameter.requires_grad]
-
-
-def metrics(trainer, rollout: Rollout, experience: Experience, named: dict, steps: list[Optimised]) -> dict[str, float]:
+def metrics(
+    trainer, rollout: Rollout, experience: Experience, named: dict, learnt: learner.Learner
+) -> dict[str, float]:
     """TRL's metrics of one update, over the sequences and response tokens of all processes."""
-    accelerator = trainer.accelerator
+    accelerator, steps = trainer.accelerator, learnt.steps
     means = sum((step.stats for step in steps[1:]), steps[0].stats).means()
     ratios = torch.tensor([step.stats.means()["ratio"] for step in steps])
     mask_BT = experience.mask_BT
@@ -201,8 +155,8 @@ def metrics(trainer, rollout: Rollout, experience: Experience, named: dict, step
         "objective/rlhf_reward": non_score_B + experience.scores_B,
         "objective/scores": experience.scores_B,
     } | {f"rewards/{name}": scores_B for name, scores_B in named.items()}
-    sums = [len(mask_BT), steps[0].distance, int(eos.sum()), *(float(x.double().sum()) for x in of_sequences.values())]
-    count, distance, num_eos, *sums = distributed.table(accelerator, sums).sum(0).tolist()
+    sums = [len(mask_BT), int(eos.sum()), *(float(x.double().sum()) for x in of_sequences.values())]
+    count, num_eos, *sums = distributed.table(accelerator, sums).sum(0).tolist()
     logs = {name: x / count for name, x in zip(of_sequences, sums, strict=True)} | {
         "policy/approxkl_avg": means["approx_kl"],
         "policy/clipfrac_avg": means["policy_clipped"],
@@ -213,70 +167,7 @@ def metrics(trainer, rollout: Rollout, experience: Experience, named: dict, step
         "val/ratio": means["ratio"],
         "val/ratio_var": float(ratios.var()) if len(ratios) > 1 else 0.0,
         "grad_norm": sum(step.grad_norm for step in steps) / len(steps),
-        "fastppo/mismatch": distance,
+        "fastppo/mismatch": learnt.mismatch.mean,
         "val/num_eos_tokens": int(num_eos),
     }
     return logs
-
-
-# --- resume -----------------------------------------------------------------------------------------------------------
-
-
-class Resume(NamedTuple):
-    """What a policy's folder lacks, with whole tensors. value: parameters of the value function by name."""
-
-    value: dict[str, torch.Tensor]
-    optimizer: dict
-
-
-def collect_resume(trainer: "PPOTrainer") -> Resume:
-    """Every process takes part: sharded tensors are gathered."""
-    policy = {id(x) for x in trainer.policy_model.parameters()}
-    value = {name: x for name, x in trainer._wrapper.named_parameters(remove_duplicate=True) if id(x) not in policy}
-    value = {name: distributed.full_tensor(x.detach()).cpu().contiguous() for name, x in value.items()}
-    return Resume(value, distributed.optimizer_state(trainer.optimizer))
-
-
-def save_resume(trainer: "PPOTrainer", folder: Path, resume: Resume) -> None:
-    """What a policy's folder lacks: value function, optimizer, schedule, state. Written by one process."""
-    save_file(resume.value, folder / VALUE_FILE)
-    states = {"optimizer": resume.optimizer, "lr_scheduler": trainer.lr_scheduler.state_dict()}
-    torch.save(states | {"micro_rows": trainer.micro_rows}, folder / RESUME_FILE)
-    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
-        name = type(callback).__name__
-        if name in trainer.state.stateful_callbacks:
-            trainer.state.stateful_callbacks[name] = callback.state()
-    trainer.state.save_to_json(str(folder / STATE_FILE))
-
-
-def load_weights(trainer: "PPOTrainer", folder: Path) -> None:
-    """Put the weights back as they were saved, before accelerate lays them out."""
-    for name in (VALUE_FILE, RESUME_FILE, STATE_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"PPOTrainer.train: {folder} is no checkpoint of a run: it has no {name}")
-    if distributed.fsdp_units(trainer._wrapper):
-        raise ValueError("PPOTrainer.train: its parameters are sharded already; resume with a new trainer")
-    # transformers asks trainer.model about missing keys, and looks for FSDP's own files; here parameters are whole
-    before = trainer.model, trainer.is_fsdp_enabled
-    trainer.model, trainer.is_fsdp_enabled = trainer.policy_model, False
-    try:
-        trainer._load_from_checkpoint(str(folder), trainer.policy_model)
-    finally:
-        trainer.model, trainer.is_fsdp_enabled = before
-    parameters = dict(trainer._wrapper.named_parameters())
-    with torch.no_grad():
-        for name, saved in load_file(folder / VALUE_FILE).items():
-            parameters[name].copy_(saved)
-
-
-def load_resume(trainer: "PPOTrainer", folder: Path) -> None:
-    """Put optimizer, schedule and state back as `save_resume` found them."""
-    states = torch.load(folder / RESUME_FILE, map_location="cpu", weights_only=True)
-    distributed.load_optimizer_state(trainer.optimizer, states["optimizer"])
-    trainer.lr_scheduler.load_state_dict(states["lr_scheduler"])
-    trainer.micro_rows = states["micro_rows"]
-    before = trainer.state
-    trainer.state = OnlineTrainerState.load_from_json(str(folder / STATE_FILE))
-    for name in ("is_local_process_zero", "is_world_process_zero", "max_steps"):
-        setattr(trainer.state, name, getattr(before, name))
-    trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
