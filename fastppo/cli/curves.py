@@ -20,6 +20,13 @@ def column(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
     return [math.nan if row.get(key) is None else row[key] for row in rows]
 
 
+def brief(value: float) -> str:
+    """Two decimals, none from 100 on, two digits where these would hide it: a learning rate."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 or not value else f"{value:.2g}"
+
+
 def draw_panel(axes: Any, rows: Sequence[dict[str, Any]], panel: tuple[str, str, str, str]) -> None:
     key, title, unit, colour = panel
     stage, slash, name = key.rpartition("/")
@@ -35,7 +42,7 @@ def draw_panel(axes: Any, rows: Sequence[dict[str, Any]], panel: tuple[str, str,
     axes.plot(steps, values, color=colour, alpha=0.35, linewidth=1.0, marker="o" if len(rows) < 3 else None)
     axes.plot(steps, trend, color=colour, linewidth=2.4, solid_capstyle="round")
     axes.annotate(
-        f"{trend[-1]:,.0f}" if abs(trend[-1]) >= 100 else f"{trend[-1]:.2f}",
+        brief(trend[-1]),
         (1.0, trend[-1]),
         xycoords=("axes fraction", "data"),
         xytext=(4, 0),
@@ -49,7 +56,7 @@ def draw_panel(axes: Any, rows: Sequence[dict[str, Any]], panel: tuple[str, str,
     if held_out:
         points = [(row["step"], row[f"{stage}{slash}eval_{name}"]) for row in held_out]
         axes.plot(*zip(*points, strict=True), "D:", color=INK, markersize=6, linewidth=1.2)
-        unit += f"; diamonds: held out, {points[-1][1]:.2f} at last"
+        unit += f"; ◆ held out: {brief(points[-1][1])}"
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=22)
     axes.text(0, 1.035, unit, transform=axes.transAxes, fontsize=9, color=PALE)
     if key not in ("env/reward_mean", "objective/scores") and min(v for v in values if not math.isnan(v)) >= 0:

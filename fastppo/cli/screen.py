@@ -1,6 +1,7 @@
 """What a run looks like in the terminal: live while it is one, one plain line per step when it is a file or a pipe."""
 
 import math
+import re
 import time
 from collections.abc import Sequence
 
@@ -35,6 +36,12 @@ def sparkline(values: Sequence[float], width: int = 48) -> str:
     return "".join(BARS[int((v - low) / (high - low or 1.0) * (len(BARS) - 1))] for v in means)
 
 
+def shown(form: str, value: float) -> str:
+    """The value as `form` writes it, without the sign of a zero."""
+    text = form.format(value)
+    return text if re.search("[1-9a-z]", text) else text.lstrip("-+")
+
+
 class Screen:
     """Shows the steps of a run of `total` steps. Use it as a context manager around the loop."""
 
@@ -57,7 +64,7 @@ class Screen:
         self.steps.append(step)
         if not self.console.is_terminal:
             told = [
-                f"{label} {form.format(step.metrics[key])}" for key, label, form in self.columns if key in step.metrics
+                f"{label} {shown(form, step.metrics[key])}" for key, label, form in self.columns if key in step.metrics
             ]
             if told:
                 self.console.print(f"step {step.number}/{self.total}  " + "  ".join(told), soft_wrap=True, markup=False)
@@ -85,7 +92,7 @@ class Screen:
             values = [step.metrics[key] for step in self.steps if key in step.metrics]
             if values:
                 numbers.add_row(
-                    Text(label, style="dim"), form.format(values[-1]), Text(sparkline(values), style="cyan")
+                    Text(label, style="dim"), shown(form, values[-1]), Text(sparkline(values), style="cyan")
                 )
         parts = [head, Text(), numbers]
         if self.steps and self.steps[-1].samples:
