@@ -53,7 +53,7 @@ def main():
                 )
             medians_ms, note = compare(runs, rounds=options.rounds, device=device, cold=device.type == "cuda"), ""
             if device.type == "cpu":
-                note = f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
+                note = f"OMP_WAIT_POLICY={(os.environ['OMP_WAIT_POLICY'] or 'default')}"
             if device.type == "cuda":
                 note = f"cold L2; {call_us(runs['ours']):.1f} us a call from Python; warm in a graph {1e3 * graph_ms(runs['ours']):.2f} us"
             report(

@@ -12,6 +12,7 @@ import numpy
 import torch
 
 WORTH_IT, MOST = 1 << 18, 1 << 25  # bytes: below, malloc keeps the memory; above, it is too much to hold on to
+GRADIENT = 1 << 28  # bytes: MOST for a gradient of the logits or of the output embedding, which every step makes anew
 
 _kept: dict[str, numpy.ndarray] = {}  # at most one buffer for each op
 _FREE = 2  # what sys.getrefcount says of an array that one local name holds

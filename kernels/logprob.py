@@ -6,6 +6,7 @@
 
 One read of the logits forward (V * itemsize bytes per row), one read and one write backward: bound by memory
 bandwidth on a GPU, by the exponential on a CPU with 16-bit logits. Statistics are float32 whatever the logits are.
+On a CPU the memory of dlogits, up to _recycle.GRADIENT bytes, is kept for the next backward once nobody holds it.
 Suffixes: N rows (any leading dimensions), V vocabulary.
 """
 
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.kernels import _logit_rows
+from fastppo.kernels import _logit_rows, _recycle
 from fastppo.kernels._backend import extension, pick
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -108,9 +109,11 @@ class Launcher(NamedTuple):
 
 
 def large_buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, on 2 MB pages where the CPU can."""
-    made = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and made.nbytes >= 4 * 2**20 and not isinstance(extension(), str):
+    """torch.empty; on a CPU the last one's memory if nobody holds it, and 2 MB pages where the system has them."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    made = _recycle.empty("logprob", shape, dtype, _recycle.GRADIENT)
+    if made.nbytes >= 4 * 2**20 and not isinstance(extension(), str):
         extension().advise_huge_pages(made.data_ptr(), made.nbytes)
     return made
 

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 
 from fastppo.kernels._backend import extension, pick
-from fastppo.kernels._triton import tl, triton
+from fastppo.kernels._ppo_loss_triton import ppo_loss_kernel
+from fastppo.kernels._ppo_stats import STATS, PPOStats
+from fastppo.kernels._triton import triton
 
 
 @dataclass(frozen=True)
@@ -39,64 +41,6 @@ class PPOBatch(NamedTuple):
     advantages_N: torch.Tensor
     returns_N: torch.Tensor
     mask_N: torch.Tensor | None = None
-
-
-# What PPOStats counts, in the order of its tensor. Sums over mask_N, except: *_m2 is the sum of squared distances from
-# the mean (so that a variance loses no digits), ratio_max is a maximum. TRL's name of the mean stands beside it.
-STATS = (
-    "count",
-    "policy_loss",  # ppo/loss/policy
-    "value_loss",  # ppo/loss/value, the 0.5 included
-    "entropy",  # ppo/policy/entropy
-    "policy_clipped",  # ppo/policy/clipfrac
-    "value_clipped",  # ppo/val/clipfrac
-    "dual_clipped",
-    "approx_kl",  # ppo/policy/approxkl: 0.5 d^2
-    "policy_kl",  # ppo/policy/policykl: old - new
-    "ratio",  # mean ratio, TRL's ratio_threshold
-    "advantage",  # ppo/policy/advantages_mean (whitened where whitening is on)
-    "return",  # ppo/returns/mean
-    "return_m2",  # ppo/returns/var
-    "old_value",  # ppo/val/mean
-    "old_value_m2",  # ppo/val/var
-    "value",  # ppo/val/vpred
-    "value_error",  # ppo/val/error: (v - R)^2
-    "ratio_max",
-)
-
-
-@dataclass(frozen=True)
-class PPOStats:
-    """Statistics of one or more micro-batches; `a + b` is that of both. Nothing waits for a GPU until .sums() is called."""
-
-    parts: tuple[torch.Tensor, ...]  # each [len(STATS)]
-
-    def __add__(self, other: "PPOStats") -> "PPOStats":
-        return PPOStats(self.parts + other.parts)
-
-    def sums(self) -> dict[str, float]:
-        """Every name of STATS as a float, over all parts."""
-        parts = torch.stack(self.parts).double().cpu()
-        column = {name: parts[:, i] for i, name in enumerate(STATS)}
-        total = dict(zip(STATS, parts.sum(0).tolist(), strict=True))
-        total["ratio_max"] = column["ratio_max"].max().item()
-        if len(parts) == 1:
-            return total
-        counted = column["count"].clamp(min=1)
-        for name in ("return", "old_value"):  # Chan et al. 1979: squared distances of the parts' means
-            apart = column[name] / counted - total[name] / max(total["count"], 1.0)
-            total[f"{name}_m2"] += (column["count"] * apart**2).sum().item()
-        return total
-
-    def means(self) -> dict[str, float]:
-        """sums() per token that counts (0 where none does), ratio_max as it is, and return_var and old_value_var (unbiased)."""
-        total = self.sums()
-        count = total.pop("count")
-        mean = {name: value / max(count, 1.0) for name, value in total.items() if not name.endswith("_m2")}
-        mean["ratio_max"] = total["ratio_max"]
-        for name in ("return", "old_value"):
-            mean[f"{name}_var"] = total[f"{name}_m2"] / max(count - 1.0, 1.0)
-        return mean
 
 
 class PPOLoss(NamedTuple):
@@ -164,156 +108,6 @@ def ppo_loss_reference(
         return PPOLoss(loss, PPOStats((torch.stack([x.to(logprobs_N.dtype) for x in stats]),)))
 
 
-# --- Triton: every block writes its partial sums, the last one to finish adds them in block order ---
-
-
-@triton.jit
-def _load(x_ptr, inside, on):
-    """What lies at x_ptr, 0 where it does not count. Not masked by `on`: a mask that varies by token makes every load 4 bytes wide."""
-    return tl.where(on, tl.load(x_ptr, mask=inside, other=0.0), 0.0)
-
-
-@triton.jit
-def _policy_terms(log_ratio, advantage, on, low, high, dual_clip, DUAL: tl.constexpr):
-    """ratio, plain and clipped surrogates, loss, d loss / d logprob, and where the dual clip holds."""
-    ratio = tl.where(on, tl.exp(log_ratio), 0.0)
-    clipped_ratio = tl.minimum(tl.maximum(ratio, low), high)
-    plain = -advantage * ratio
-    clipped = -advantage * clipped_ratio
-    # a NaN must reach the loss and the gradient: by itself, tl.maximum takes the other side
-    policy = tl.where(on, tl.maximum(plain, clipped, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    gradient = tl.where((clipped_ratio == ratio) | (plain > clipped) | (plain != plain), plain, 0.0)
-    dual = on & (advantage < 0) & (policy > -advantage * dual_clip) & DUAL
-    policy = tl.where(dual, -advantage * dual_clip, policy)
-    return ratio, plain, clipped, policy, tl.where(on & (dual == 0), gradient, 0.0), dual
-
-
-@triton.jit
-def _value_terms(value, old_value, ret, cliprange_value):
-    """error, clipped error, loss, d loss / d value."""
-    clipped_value = tl.minimum(tl.maximum(value, old_value - cliprange_value), old_value + cliprange_value)
-    error = (value - ret) * (value - ret)
-    clipped_error = (clipped_value - ret) * (clipped_value - ret)
-    # torch.maximum halves the gradient at a tie; inside the clip range both sides carry it.
-    weight = tl.where(error > clipped_error, 1.0, tl.where(error == clipped_error, 0.5, 0.0))
-    weight = tl.where(clipped_value == value, 1.0, weight)
-    loss = 0.5 * tl.maximum(error, clipped_error, propagate_nan=tl.PropagateNan.ALL)
-    return error, clipped_error, loss, (value - ret) * weight
-
-
-@triton.jit
-def _ppo_loss_kernel(
-    logprobs_N, values_N, entropy_N, old_logprobs_N, old_values_N, advantages_N, returns_N, mask_N,
-    grad_logprobs_N, grad_values_N, grad_entropy_N, partials_KG, ticket, whiten_2, normalizer_1, loss_1, stats_K,
-    N, G, low, high, cliprange_value, vf_coef, dual_clip, entropy_coef, mean, rstd, normalizer,
-    HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, GRAD: tl.constexpr, DUAL: tl.constexpr,
-    WHITEN: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """WHITEN 0: off, 1: numbers, 2: tensor. COUNT: the normalizer comes from a tensor."""
-    block = tl.program_id(0)
-    n = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < N
-    on = inside
-    if HAS_MASK:
-        on &= tl.load(mask_N + n, mask=inside, other=0) != 0
-    if WHITEN == 2:
-        mean = tl.load(whiten_2)
-        rstd = tl.load(whiten_2 + 1)
-    if COUNT:
-        normalizer = tl.maximum(tl.load(normalizer_1), 1.0)
-    scale = 1.0 / normalizer
-
-    log_ratio = _load(logprobs_N + n, inside, on) - _load(old_logprobs_N + n, inside, on)
-    advantage = _load(advantages_N + n, inside, on)
-    if WHITEN:
-        advantage = tl.where(on, (advantage - mean) * rstd, 0.0)
-    ratio, plain, clipped, policy, grad_logprob, dual = _policy_terms(
-        log_ratio, advantage, on, low, high, dual_clip, DUAL
-    )
-    value = _load(values_N + n, inside, on)
-    old_value = _load(old_values_N + n, inside, on)
-    ret = _load(returns_N + n, inside, on)
-    error, clipped_error, value_loss, grad_value = _value_terms(value, old_value, ret, cliprange_value)
-    entropy = _load(entropy_N + n, inside, on) if HAS_ENTROPY else tl.zeros([BLOCK], tl.float32)
-
-    if GRAD:
-        tl.store(grad_logprobs_N + n, grad_logprob * scale, mask=inside)
-        tl.store(grad_values_N + n, grad_value * (vf_coef * scale), mask=inside)
-        if HAS_ENTROPY:
-            tl.store(grad_entropy_N + n, tl.where(on, -entropy_coef * scale, 0.0), mask=inside)
-
-    count = tl.sum(on.to(tl.float32))
-    return_sum, old_value_sum = tl.sum(ret), tl.sum(old_value)
-    away_return = tl.where(on, ret - return_sum / tl.maximum(count, 1.0), 0.0)
-    away_value = tl.where(on, old_value - old_value_sum / tl.maximum(count, 1.0), 0.0)
-    tl.store(partials_KG + 0 * G + block, count)
-    tl.store(partials_KG + 1 * G + block, tl.sum(policy))
-    tl.store(partials_KG + 2 * G + block, tl.sum(value_loss))
-    tl.store(partials_KG + 3 * G + block, tl.sum(entropy))
-    tl.store(partials_KG + 4 * G + block, tl.sum((on & (clipped > plain)).to(tl.float32)))
-    tl.store(partials_KG + 5 * G + block, tl.sum((on & (clipped_error > error)).to(tl.float32)))
-    tl.store(partials_KG + 6 * G + block, tl.sum(dual.to(tl.float32)))
-    tl.store(partials_KG + 7 * G + block, tl.sum(0.5 * log_ratio * log_ratio))
-    tl.store(partials_KG + 8 * G + block, tl.sum(-log_ratio))
-    tl.store(partials_KG + 9 * G + block, tl.sum(ratio))
-    tl.store(partials_KG + 10 * G + block, tl.sum(advantage))
-    tl.store(partials_KG + 11 * G + block, return_sum)
-    tl.store(partials_KG + 12 * G + block, tl.sum(away_return * away_return))
-    tl.store(partials_KG + 13 * G + block, old_value_sum)
-    tl.store(partials_KG + 14 * G + block, tl.sum(away_value * away_value))
-    tl.store(partials_KG + 15 * G + block, tl.sum(value))
-    tl.store(partials_KG + 16 * G + block, tl.sum(error))
-    tl.store(partials_KG + 17 * G + block, tl.max(ratio))
-    tl.debug_barrier()
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == G - 1:
-        _finish(partials_KG, loss_1, stats_K, G, vf_coef, entropy_coef, scale, BLOCK_G)
-        tl.store(ticket, 0)  # ready for the next launch on this stream
-
-
-@triton.jit
-def _add_blocks(partials_KG, k, G, BLOCK_G: tl.constexpr):
-    total = tl.zeros([BLOCK_G], tl.float32)
-    for start in range(0, G, BLOCK_G):
-        g = start + tl.arange(0, BLOCK_G)
-        total += tl.load(partials_KG + k * G + g, mask=g < G, other=0.0, cache_modifier=".cg")
-    return tl.sum(total)
-
-
-@triton.jit
-def _add_squares(partials_KG, k, G, count, total, BLOCK_G: tl.constexpr):
-    """Squared distances from the common mean (Chan et al. 1979): those from the blocks' means and of the blocks' means."""
-    mean = total / tl.maximum(count, 1.0)
-    squares = tl.zeros([BLOCK_G], tl.float32)
-    for start in range(0, G, BLOCK_G):
-        g = start + tl.arange(0, BLOCK_G)
-        n = tl.load(partials_KG + g, mask=g < G, other=0.0, cache_modifier=".cg")
-        block_sum = tl.load(partials_KG + k * G + g, mask=g < G, other=0.0, cache_modifier=".cg")
-        block_m2 = tl.load(partials_KG + (k + 1) * G + g, mask=g < G, other=0.0, cache_modifier=".cg")
-        away = block_sum / tl.maximum(n, 1.0) - mean
-        squares += block_m2 + n * away * away
-    return tl.sum(squares)
-
-
-@triton.jit
-def _finish(partials_KG, loss_1, stats_K, G, vf_coef, entropy_coef, scale, BLOCK_G: tl.constexpr):
-    for k in tl.static_range(17):
-        if k != 12 and k != 14:
-            tl.store(stats_K + k, _add_blocks(partials_KG, k, G, BLOCK_G))
-    count = _add_blocks(partials_KG, 0, G, BLOCK_G)
-    for k in tl.static_range(11, 14, 2):
-        total = _add_blocks(partials_KG, k, G, BLOCK_G)
-        tl.store(stats_K + k + 1, _add_squares(partials_KG, k, G, count, total, BLOCK_G))
-    most = tl.zeros([BLOCK_G], tl.float32)
-    for start in range(0, G, BLOCK_G):
-        g = start + tl.arange(0, BLOCK_G)
-        most = tl.maximum(most, tl.load(partials_KG + 17 * G + g, mask=g < G, other=0.0, cache_modifier=".cg"))
-    tl.store(stats_K + 17, tl.max(most))
-    policy = _add_blocks(partials_KG, 1, G, BLOCK_G)
-    value = _add_blocks(partials_KG, 2, G, BLOCK_G)
-    entropy = _add_blocks(partials_KG, 3, G, BLOCK_G)
-    tl.store(loss_1, (policy + vf_coef * value - entropy_coef * entropy) * scale)
-
-
 _BLOCK, _BLOCK_G = 1024, 128
 
 
@@ -334,7 +128,7 @@ def _launch_triton(logprobs_N, values_N, entropy_N, batch, options, normalizer, 
     work = torch.empty(len(STATS) * (G + 1) + 1, dtype=torch.float32, device=device)
     partials_KG, stats_K, loss = work[: -len(STATS) - 1], work[-len(STATS) - 1 : -1], work[-1]
     grads = tuple(torch.empty_like(x) if x is not None and grad else None for x in (logprobs_N, values_N, entropy_N))
-    _ppo_loss_kernel[(G,)](
+    ppo_loss_kernel[(G,)](
         logprobs_N, values_N, entropy_N, *batch[:4], mask_N, *grads, partials_KG, tickets(device),
         whiten if in_tensor else None, normalizer if count else None, loss, stats_K,
         N, G, 1 - options.cliprange, 1 + options.cliprange, options.cliprange_value, options.vf_coef,

@@ -21,63 +21,23 @@ memory on a GPU and by e^x on a CPU. Nothing here is differentiable.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels._philox import uniforms
-from fastppo.kernels._sampling_triton import sampling_kernel
-
-TILE = 1024  # the same on every back end: it is part of the map from random numbers to tokens
-BAD_NUMBER, NOTHING_LEFT, BAD_HISTORY = -1, -2, -3  # what tokens_B holds in a row that cannot be sampled
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to sample; every default switches its filter off. A wrong value raises ValueError."""
-
-    temperature: float = 1.0  # > 0, divides the logits; 0 is argmax
-    top_k: int = 0  # tokens kept, >= 1; 0 keeps all
-    top_p: float = 1.0  # probability mass kept, [0, 1]
-    min_p: float = 0.0  # least probability kept, relative to the largest, [0, 1]
-    repetition_penalty: float = 1.0  # > 0; above 1 makes tokens of the history less likely
-    logprob_temperature: float = 1.0  # > 0, of the raw log-prob and entropy
-
-    def __post_init__(self):
-        tests = (
-            ("temperature", self.temperature == 0 or 1e-8 <= self.temperature < math.inf, "0 or in [1e-8, inf)"),
-            ("top_k", self.top_k == int(self.top_k) and self.top_k >= 0, "a whole number >= 0 (0 keeps all)"),
-            ("top_p", 0 <= self.top_p <= 1, "in [0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "in (0, inf)"),
-            ("logprob_temperature", 1e-8 <= self.logprob_temperature < math.inf, "in [1e-8, inf)"),
-        )
-        for name, ok, want in tests:
-            if not ok:
-                raise ValueError(f"SamplingOptions: {name} must be {want}; got {getattr(self, name)!r}")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
-
-
-class History(NamedTuple):
-    """The tokens that repetition_penalty looks at."""
-
-    tokens_BL: torch.Tensor  # int64, in [0, V) where the mask is True
-    mask_BL: torch.Tensor  # bool, True where a token counts
-
-
-class Sample(NamedTuple):
-    """One token per row. Where check=False let a bad row pass, its token is negative and its numbers are NaN."""
-
-    tokens_B: torch.Tensor  # int64
-    sampled_logprob_B: torch.Tensor  # float32, nats, of the distribution sampled from
-    logprob_B: torch.Tensor  # float32, nats, of softmax(logits / logprob_temperature)
-    entropy_B: torch.Tensor  # float32, nats, of the same
+from fastppo.kernels._sampling_gpu import sampling_cuda, sampling_triton
+from fastppo.kernels._sampling_types import (
+    BAD_HISTORY,
+    BAD_NUMBER,
+    DTYPE_CODES,
+    NOTHING_LEFT,
+    TILE,
+    History,
+    Sample,
+    SamplingOptions,
+)
 
 
 def adjusted_logits_reference(x_BV, options, history, banned):
@@ -192,103 +152,9 @@ def _sampling_cpu(logits_BV, seeds_B, positions_B, options, history=None, banned
     )
 
 
-def _adjusted_on_gpu(logits_BV, options, history, banned):
-    """(y_BV, rows whose history is wrong): a float32 copy with penalty and bans, or the logits themselves without either."""
-    if history is None and banned is None:
-        return logits_BV, None
-    y_BV, outside_B, V = logits_BV.float(), None, logits_BV.shape[1]
-    if history is not None:  # as adjusted_logits_reference does, without selecting by a mask, which waits for the GPU
-        tokens_BL, mask_BL = history
-        outside_BL = (tokens_BL < 0) | (tokens_BL >= V)
-        outside_B = (mask_BL & outside_BL).any(dim=1)
-        column_BL = tokens_BL.masked_fill(outside_BL | ~mask_BL, V)  # what does not count goes to a column of its own
-        seen_BV = torch.zeros(len(y_BV), V + 1, dtype=torch.bool, device=y_BV.device).scatter_(1, column_BL, True)[
-            :, :V
-        ]
-        penalty = options.repetition_penalty
-        y_BV = torch.where(seen_BV, torch.where(y_BV > 0, y_BV / penalty, y_BV * penalty), y_BV)
-    return y_BV if banned is None else y_BV.masked_fill(banned, -math.inf), outside_B
-
-
-def _sampling_triton(logits_BV, seeds_B, positions_B, options, history=None, banned=None):
-    logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
-    B, V = logits_BV.shape
-    y_BV, outside_B = _adjusted_on_gpu(logits_BV, options, history, banned)
-    tokens_B = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
-    numbers_3B = torch.empty(3, B, device=logits_BV.device)
-    if B:
-        tiles = -(-V // TILE)
-        sampling_kernel[(B,)](
-            logits_BV,
-            y_BV,
-            seeds_B.contiguous(),
-            positions_B.contiguous(),
-            tokens_B,
-            numbers_3B,
-            B,
-            V,
-            logits_BV.stride(0),
-            y_BV.stride(0),
-            1.0 if options.greedy else 1.0 / options.temperature,
-            1.0 / options.logprob_temperature,
-            float(min(options.top_k, V)),
-            options.top_p,
-            math.log(options.min_p) * options.temperature if options.min_p > 0 else -math.inf,
-            GREEDY=options.greedy,
-            TOP_K=0 < options.top_k < V,
-            TOP_P=options.top_p < 1,
-            TILE=TILE,
-            TILES=1 << (tiles - 1).bit_length(),
-            num_warps=8,
-        )
-    return _with_bad_history(Sample(tokens_B, *numbers_3B), outside_B)
-
-
-def sampling_cuda_on(module, stream, logits_BV, seeds_B, positions_B, options, history=None, banned=None):
-    """Launch the CUDA kernel of `module`: the extension's, or in tests the same source compiled for the CPU."""
-    logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
-    B, V = logits_BV.shape
-    y_BV, outside_B = _adjusted_on_gpu(logits_BV, options, history, banned)
-    seeds_B, positions_B = seeds_B.contiguous(), positions_B.contiguous()
-    tokens_B = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
-    numbers_3B = torch.empty(3, B, device=logits_BV.device)
-    module.sampling_cuda(
-        logits_BV.data_ptr(),
-        DTYPE_CODES[logits_BV.dtype],
-        logits_BV.stride(0),
-        0 if y_BV is logits_BV else y_BV.data_ptr(),
-        y_BV.stride(0),
-        B,
-        V,
-        seeds_B.data_ptr(),
-        positions_B.data_ptr(),
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        math.log(options.min_p) * options.temperature if options.min_p > 0 else -math.inf,
-        options.logprob_temperature,
-        tokens_B.data_ptr(),
-        numbers_3B.data_ptr(),
-        stream,
-    )
-    return _with_bad_history(Sample(tokens_B, *numbers_3B), outside_B)
-
-
-def _sampling_cuda(logits_BV, *args):
-    with torch.cuda.device(logits_BV.device):
-        return sampling_cuda_on(extension(), torch.cuda.current_stream().cuda_stream, logits_BV, *args)
-
-
-def _with_bad_history(out, outside_B):
-    if outside_B is None:
-        return out
-    tokens_B = torch.where(outside_B & (out.tokens_B != BAD_NUMBER), BAD_HISTORY, out.tokens_B)
-    return Sample(tokens_B, *(x.masked_fill(tokens_B < 0, math.nan) for x in out[1:]))
-
-
 BACKEND_TABLE: dict[str, Callable] = {
-    "cuda": _sampling_cuda,
-    "triton": _sampling_triton,
+    "cuda": sampling_cuda,
+    "triton": sampling_triton,
     "cpu": _sampling_cpu,
     "reference": sampling_reference,
 }

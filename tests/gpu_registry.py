@@ -98,9 +98,9 @@ TRITON: list[TritonCase] = [
         for kind in ("fp32", "bf16", "fp16")
         for more in (False, True)
     ),
-    TritonCase("fastppo.kernels.gae:_gae_kernel", _GAE_TYPES, _GAE, sixteens=("T",), **BOTH_WIDE),
+    TritonCase("fastppo.kernels._gae_triton:gae_kernel", _GAE_TYPES, _GAE, sixteens=("T",), **BOTH_WIDE),
     TritonCase(
-        "fastppo.kernels.gae:_gae_kernel",
+        "fastppo.kernels._gae_triton:gae_kernel",
         _GAE_TYPES,
         {**_GAE, "PACKED": True, "MASKED": 2, "SHAPED": False},
         label="packed",
@@ -113,7 +113,7 @@ TRITON: list[TritonCase] = [
         **BOTH_WIDE,
     ),
     TritonCase(
-        "fastppo.kernels.ppo_loss:_ppo_loss_kernel",
+        "fastppo.kernels._ppo_loss_triton:ppo_loss_kernel",
         "*fp32 " * 7 + "*i1 " + "*fp32 " * 4 + "*i32 " + "*fp32 " * 4 + "i32 i32 " + "fp32 " * 9,
         _PPO_LOSS,
         sixteens=("N",),

@@ -12,7 +12,7 @@ import test_paged_attention as paged_tests
 import test_sampling as sampling_tests
 import torch
 
-from fastppo.kernels import paged_attention, sampling
+from fastppo.kernels import _sampling_gpu, paged_attention, sampling
 from fastppo.kernels._backend import INTERPRET
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def cuda_in_place_of_cpu(monkeypatch):
     if isinstance(module, str):
         pytest.skip(module)
     attend = paged_attention._decode_only(partial(paged_attention.paged_attention_cuda_on, module, 0))
-    monkeypatch.setitem(sampling.BACKEND_TABLE, "cpu", partial(sampling.sampling_cuda_on, module, 0))
+    monkeypatch.setitem(sampling.BACKEND_TABLE, "cpu", partial(_sampling_gpu.sampling_cuda_on, module, 0))
     monkeypatch.setitem(paged_attention.BACKEND_TABLE, "cpu", lambda q, *a, **o: attend(q, *a, **o).to(q.dtype))
     monkeypatch.setitem(paged_attention.WRITE_TABLE, "cpu", partial(paged_attention.cache_write_cuda_on, module, 0))
 

@@ -9,6 +9,8 @@ from host_waits import HostWait, NoWaits, Nowhere
 
 from fastppo.kernels import (
     _logit_rows,
+    _ppo_chunk,
+    _sampling_gpu,
     gae,
     kl_reward,
     linear_logprob,
@@ -21,10 +23,10 @@ from fastppo.kernels import (
 
 KERNELS = {
     _logit_rows: ("stats_kernel", "grad_kernel"),
-    gae: ("_gae_kernel",),
+    gae: ("gae_kernel",),
     kl_reward: ("_kl_reward_kernel",),
-    ppo_loss: ("_ppo_loss_kernel",),
-    sampling: ("sampling_kernel",),
+    ppo_loss: ("ppo_loss_kernel",),
+    _sampling_gpu: ("sampling_kernel",),
     paged_attention: ("paged_attention_kernel", "merge_kernel", "cache_write_kernel"),
 }
 N, D, V = 6, 4, 50
@@ -82,16 +84,14 @@ def ppo_batch(mask_N=None):
 @pytest.mark.parametrize(("live", "moves"), [(N, 0), (3, 2), (0, 0)])
 def test_linear_ppo_loss(nowhere, monkeypatch, live, moves):
     order = []
-    monkeypatch.setattr(linear_ppo_loss.ToHost, "read", lambda self: order.append(nowhere.launches) or [live, moves])
+    monkeypatch.setattr(_ppo_chunk.ToHost, "read", lambda self: order.append(nowhere.launches) or [live, moves])
     hidden_ND, weight_VD, tokens_N = rows()
     values_N, head = torch.zeros(N, requires_grad=True), linear_logprob.Head(weight_VD)
     options = dict(temperature=1.0, normalizer=None, whiten=torch.tensor([0.0, 1.0]))
     with NoWaits():
         run = linear_ppo_loss.BACKEND_TABLE["triton"]
         # by the table's "triton", and not by a device: the launcher picks the reference's ppo_loss on a CPU
-        monkeypatch.setattr(
-            linear_ppo_loss, "ppo_loss", lambda *a, backend, **k: ppo_loss.BACKEND_TABLE["triton"](*a, **k)
-        )
+        monkeypatch.setattr(_ppo_chunk, "ppo_loss", lambda *a, backend, **k: ppo_loss.BACKEND_TABLE["triton"](*a, **k))
         run(hidden_ND, values_N, head, tokens_N, ppo_batch(), ppo_loss.PPOLossOptions(), **options)
     assert order == [3], "the only wait comes after statistics, loss and gradient were launched"
 
@@ -144,7 +144,7 @@ def test_sampling(nowhere):
     args = (torch.randn(N, V), torch.arange(N), torch.arange(N), OPTIONS, history, torch.zeros(N, V, dtype=torch.bool))
     with NoWaits():
         sampling.BACKEND_TABLE["triton"](*args)
-        sampling.sampling_cuda_on(nowhere, 0, *args)
+        _sampling_gpu.sampling_cuda_on(nowhere, 0, *args)
     assert nowhere.launches == 2
 
 

@@ -1,5 +1,5 @@
 // One row of logits: online statistics, log-prob and entropy, and the gradient. Shared by logprob, linear_logprob and
-// linear_ppo_loss; the bodies are in logprob.cpp.
+// linear_ppo_loss; the bodies are in logprob_row.cpp.
 //
 // A raw product x becomes u = scale * (x + bias), optionally u = cap * tanh(u / cap), and the tempered logit u / T. All
 // exponentials are taken to base 2: y = u * log2(e) / T, so that 2^y needs no range reduction by ln 2.
