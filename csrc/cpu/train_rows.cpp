@@ -246,6 +246,11 @@ FASTPPO_CLONES double block_squares(const float* x, int64_t n) {
   return sum;
 }
 
+constexpr int64_t kCopied = 16384;  // numbers at a time
+FASTPPO_CLONES void round_block(const float* from, bf16_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) put(to + i, part(from + i, lanes_at(i, n)), lanes_at(i, n));
+}
+
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -307,6 +312,25 @@ double sum_of_squares(const std::vector<uintptr_t>& tensors, const std::vector<i
   return total;
 }
 
+// addresses: of each tensor and of its copy, in floats or rounded to bf16
+void copy_all(const std::vector<std::array<uintptr_t, 2>>& addresses, const std::vector<int64_t>& sizes, bool bf16) {
+  struct Block {
+    const float* from;
+    uintptr_t to;
+    int64_t n;
+  };
+  std::vector<Block> blocks;
+  for (size_t t = 0; t < sizes.size(); ++t)
+    for (int64_t i = 0; i < sizes[t]; i += kCopied)
+      blocks.push_back({at<float>(addresses[t][0]) + i, addresses[t][1] + i * (bf16 ? 2 : 4), std::min(kCopied, sizes[t] - i)});
+  parallel_for(int64_t(blocks.size()), kCopied, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      if (bf16) round_block(blocks[i].from, at<bf16_t>(blocks[i].to), blocks[i].n);
+      else std::memcpy(at<void>(blocks[i].to), blocks[i].from, blocks[i].n * sizeof(float));
+    }
+  });
+}
+
 }  // namespace
 
 void bind_train_rows(pybind11::module_& m) {
@@ -315,6 +339,7 @@ void bind_train_rows(pybind11::module_& m) {
   m.def("train_norm_backward", &norm_backward, "fastppo/engine/kernels.py", guard);
   m.def("train_activation", &activation, "fastppo/engine/kernels.py", guard);
   m.def("train_sum_columns", &sum_columns, "fastppo/engine/kernels.py", guard);
+  m.def("train_copy", &copy_all, "fastppo/engine/kernels.py", guard);
   m.def("train_sum_of_squares", &sum_of_squares, "(addresses, sizes) of float32 tensors", guard);
   m.def("train_embedding_backward", &embedding_backward, "fastppo/engine/kernels.py", guard);
 }

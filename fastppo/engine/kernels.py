@@ -85,6 +85,12 @@ def sum_columns(x_NF: Tensor, out_F: Tensor, add: bool) -> None:
     extension().train_sum_columns(x_NF.data_ptr(), *x_NF.shape, out_F.data_ptr(), add, x_NF.dtype == torch.bfloat16)
 
 
+def copy_all(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+    """Each (x float32, to `dtype`): to = x, rounded; both contiguous, of one shape."""
+    addresses = [(x.data_ptr(), to.data_ptr()) for x, to in pairs]
+    extension().train_copy(addresses, [x.numel() for x, _ in pairs], dtype == torch.bfloat16)
+
+
 def embedding_backward(tokens_N: Tensor, dx_ND: Tensor, out_VD: Tensor) -> None:
     """out[tokens[i]] += dx[i], in the order of i."""
     N, D = len(tokens_N), out_VD.shape[1]

@@ -8,6 +8,7 @@ buffer is kept from step to step of an optimise stage: fresh memory would be pai
 import torch
 from torch import Tensor, nn
 
+from fastppo.engine import kernels
 from fastppo.engine.spec import Matrix, Spec
 
 # below this size copies of the weights cost less than the calls that they save
@@ -54,27 +55,21 @@ class Weights:
         self._copy = dtype != torch.float32 or size <= SIDE_BY_SIDE_BYTES
         self._ready: dict[int, Ready] = {}
         self._head: tuple[Tensor, Tensor] | None = None
-        self._stale: set[int] = set()
+        self._copies: list[tuple[Tensor, Tensor]] = []  # (parameter, where it is copied to)
 
     def refresh(self) -> None:
         """The parameters have changed."""
-        self._stale = set(self._ready)
         if not self._copy:
             self._ready.clear()
-        if self._head is not None and self.dtype != torch.float32:
-            self._head[1].copy_(self._head[0])
+        kernels.copy_all(self._copies, self.dtype)
 
     def of(self, matrices: list[Matrix]) -> Ready:
         """Called a hundred times per pass, without autograd (a decorator for that here cost a tenth of a small model's pass)."""
-        key = id(matrices[0])
-        ready = self._ready.get(key)
-        if ready is not None and key in self._stale:
-            self._write(matrices, ready)
-            self._stale.discard(key)
+        ready = self._ready.get(id(matrices[0]))
         if ready is None:
             ready = self._make(matrices)
             if self.keep:
-                self._ready[key] = ready
+                self._ready[id(matrices[0])] = ready
         return ready
 
     def _make(self, matrices: list[Matrix]) -> Ready:
@@ -91,21 +86,17 @@ class Weights:
         shape = (inputs, outputs) if turned else (outputs, inputs)
         weight = torch.empty(shape, dtype=self.dtype)
         bias = None if all(m.bias is None for m in matrices) else torch.zeros(outputs, dtype=self.dtype)
-        ready = Ready([(weight.t() if turned else weight, bias, 0)], outputs)
-        self._write(matrices, ready)
-        return ready
-
-    def _write(self, matrices: list[Matrix], ready: Ready) -> None:
-        if ready.parts[0][0].data_ptr() == matrices[0].weight.data_ptr():
-            return
-        weight_NK, bias_N, _ = ready.parts[0]
-        first = 0
+        copies, first = [], 0
         for m in matrices:
             rows = slice(first, first + m.outputs)
-            weight_NK[rows].copy_(m.weight.t() if m.turned else m.weight)
+            copies.append((m.weight, weight if turned else weight[rows]))
             if m.bias is not None:
-                bias_N[rows].copy_(m.bias)
+                copies.append((m.bias, bias[rows]))
             first += m.outputs
+        kernels.copy_all(copies, self.dtype)
+        if self.keep:
+            self._copies += copies
+        return Ready([(weight.t() if turned else weight, bias, 0)], outputs)
 
     @torch.no_grad()
     def head(self, weight_VD: Tensor) -> Tensor:
@@ -117,6 +108,7 @@ class Weights:
             if not self.keep:
                 return made
             self._head = (weight_VD, made)
+            self._copies.append(self._head)
         return self._head[1]
 
 
