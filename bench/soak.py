@@ -16,11 +16,13 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 BATCH, TOKENS = 16, 24
 KINDS = ("raise", "nan", "empty")
@@ -268,6 +270,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if options.fresh:
         shutil.rmtree(options.folder, ignore_errors=True)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that forks share: a kill could leave it locked for all
     trainer(options.model)  # imports what the forks need; this process never trains
     until = time.time() + options.seconds
     faults = plan(options.steps, options.seed)

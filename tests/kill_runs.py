@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ import torch
 import yaml
 from datasets import Dataset
 from sft_cases import make_model, make_tokenizer, rows
+from tqdm import tqdm
 
 from fastppo import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastppo.cli import main as command
@@ -53,6 +55,11 @@ STAGES = {
         "num_mini_batches": 2,
     },
 }
+
+
+# tqdm's own lock is a semaphore that forks share: a run killed while it draws a bar would keep it from all later ones
+tqdm.set_lock(threading.RLock())
+LONGEST = 600  # seconds for a run: one that hangs ends
 
 
 def words(prompts, completions):
@@ -164,6 +171,7 @@ def start(kind: str, folder: str, moments: str, kill_at: int | None) -> int:
     pid = os.fork()
     if pid:
         return pid
+    signal.alarm(LONGEST)
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     status = 1
@@ -213,7 +221,7 @@ def kill(kind: str, count: int, moments: str, draw: Callable[[], float]) -> list
 def main(kinds: dict[str, int], moments: str) -> dict:
     """moments: "calls", "on_disk" or "clock"."""
     torch.set_num_threads(1)
-    draw = random.Random()
+    draw = random.Random(None if os.environ.get("FASTPPO_LONG") else 0)
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         write_inputs(Path(place))
