@@ -44,6 +44,16 @@ class Adam(torch.optim.Adam):
         extension().adam(addresses, [p.numel() for p in parameters], [int(t) for t in steps], options)
 
 
+class AdamW(Adam, torch.optim.AdamW):
+    """torch.optim.AdamW, in one call where it decays no weights."""
+
+
+def in_one_call(optimizer: tuple[type, dict]) -> tuple[type, dict]:
+    """What Trainer.get_optimizer_cls_and_kwargs returns, with AdamW for torch's."""
+    cls, options = optimizer
+    return AdamW if cls is torch.optim.AdamW else cls, options
+
+
 def _with_gradients(group: dict) -> list[torch.Tensor]:
     return [p for p in group["params"] if p.grad is not None]
 

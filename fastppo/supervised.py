@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
+from fastppo.adam import in_one_call
 from fastppo.chat import load_chat_template, set_special_tokens
 from fastppo.packed_model import PackedModel
 from fastppo.run_folder import resolve
@@ -123,8 +124,16 @@ class MeanMetrics:
         return means
 
 
-class PackedTrainer(Trainer):
-    """transformers.Trainer whose model runs on packed batches, with metrics beside the loss.
+class BaseTrainer(Trainer):
+    """transformers.Trainer whose AdamW steps in one call on a CPU."""
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[type, dict]:
+        return in_one_call(Trainer.get_optimizer_cls_and_kwargs(args, model))
+
+
+class PackedTrainer(BaseTrainer):
+    """A Trainer whose model runs on packed batches, with metrics beside the loss.
 
     A subclass calls `_start()` when __init__ is done.
     """

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fastppo.adam import Adam
+from fastppo.adam import Adam, AdamW, in_one_call
 
 SIZES = [(1,), (7, 3), (8193,), (3, 8192)]  # one number; odd; a block and one more; several blocks
 
@@ -24,8 +24,10 @@ def run(kind, steps: int, dtype=torch.float32, missing=(), **options):
 
 
 @pytest.mark.parametrize("missing", [(), (0, 1), (2,)])
-def test_steps_are_torchs(missing):
-    ours, optimizer = run(Adam, 5, missing=missing, fused=True)
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_steps_are_torchs(kind, missing):
+    decay = {} if kind is Adam else {"weight_decay": 0.0}
+    ours, optimizer = run(kind, 5, missing=missing, fused=True, **decay)
     plain, theirs = run(torch.optim.Adam, 5, missing=missing, fused=True)
     truth, _ = run(torch.optim.Adam, 5, torch.float64, missing=missing)
     for a, b, want in zip(ours, plain, truth, strict=True):
@@ -57,9 +59,17 @@ def test_the_threads_do_not_matter():
 
 
 @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True}])
-def test_everything_else_is_torchs_own(options):
-    ours, theirs = (run(kind, 3, fused=True, **options)[0] for kind in (Adam, torch.optim.Adam))
+@pytest.mark.parametrize("kinds", [(Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)])
+def test_everything_else_is_torchs_own(kinds, options):
+    ours, theirs = (run(kind, 3, fused=True, **options)[0] for kind in kinds)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_trainers_take_it_for_torchs_adamw():
+    assert in_one_call((torch.optim.AdamW, {"lr": 1.0})) == (AdamW, {"lr": 1.0}) and issubclass(
+        AdamW, torch.optim.AdamW
+    )
+    assert in_one_call((torch.optim.SGD, {})) == (torch.optim.SGD, {})
 
 
 def test_state_goes_on_and_hooks_run_once_per_step():

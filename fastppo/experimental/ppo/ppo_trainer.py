@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, set_seed
 
@@ -32,13 +31,13 @@ from fastppo.model_card import write_model_card
 from fastppo.models import create_reference_model
 from fastppo.run_folder import resolve
 from fastppo.score import NonFinite
-from fastppo.supervised import add_adapter
+from fastppo.supervised import BaseTrainer, add_adapter
 from fastppo.update import Guard
 
 __all__ = [*functions.__all__, "OnlineTrainerState", "PPOTrainer", "PolicyAndValueWrapper"]
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(BaseTrainer):
     """Proximal policy optimisation of a causal language model.
 
     model: the policy; with peft_config an adapter is put on it and, when ref_model is None, the model without adapter is
