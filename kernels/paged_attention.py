@@ -22,11 +22,16 @@ from collections.abc import Callable
 
 import torch
 
-from fastppo.kernels._backend import extension, pick
-from fastppo.kernels._paged_attention_triton import cache_write_kernel, merge_kernel, paged_attention_kernel
-
-SPLIT = 256  # tokens per part; part of the order of summation, hence never a function of the batch
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from fastppo.kernels._backend import pick
+from fastppo.kernels._paged_attention_launch import (
+    DTYPE_CODES,
+    cache_write_cpu,
+    cache_write_cuda,
+    cache_write_triton,
+    decode_cuda,
+    decode_triton,
+    paged_attention_cpu,
+)
 
 
 def cache_write_reference(k_NKD, v_NKD, k_cache, v_cache, slots_N):
@@ -64,75 +69,6 @@ def paged_attention_reference(
     return out_NHD
 
 
-def cache_write_cpu_unchecked(k_NKD, v_NKD, k_cache, v_cache, slots_N):
-    """Launch the C++ kernel on arguments that are known to be right."""
-    N, KV, D = k_NKD.shape
-    extension().cache_write(
-        k_NKD.data_ptr(),
-        v_NKD.data_ptr(),
-        *(k_NKD.stride()[:2] + v_NKD.stride()[:2]),
-        DTYPE_CODES[k_NKD.dtype],
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        DTYPE_CODES[k_cache.dtype],
-        slots_N.data_ptr(),
-        N,
-        KV,
-        D,
-    )
-
-
-def paged_attention_cpu_unchecked(
-    q_NHD, k_cache, v_cache, block_tables_BM, context_lens_B, out_NHD, scale, window=0, softcap=0.0, cu_seqlens_q=None
-):
-    """Launch the C++ kernel on arguments that are known to be right, into the contiguous `out_NHD` of q's dtype.
-
-    window 0 and softcap 0.0 mean none; block tables are contiguous int32; q's last stride is 1.
-    """
-    N, H, D = q_NHD.shape
-    extension().paged_attention(
-        q_NHD.data_ptr(),
-        q_NHD.stride(0),
-        q_NHD.stride(1),
-        DTYPE_CODES[q_NHD.dtype],
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        DTYPE_CODES[k_cache.dtype],
-        block_tables_BM.data_ptr(),
-        block_tables_BM.shape[1],
-        context_lens_B.data_ptr(),
-        0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
-        out_NHD.data_ptr(),
-        block_tables_BM.shape[0],
-        H,
-        k_cache.shape[2],
-        D,
-        k_cache.shape[1],
-        scale,
-        window,
-        softcap,
-    )
-    return out_NHD
-
-
-def _paged_attention_cpu(
-    q_NHD, k_cache, v_cache, block_tables_BM, context_lens_B, *, scale, window=None, softcap=None, cu_seqlens_q=None
-):
-    out_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype)
-    return paged_attention_cpu_unchecked(
-        q_NHD,
-        k_cache,
-        v_cache,
-        block_tables_BM,
-        context_lens_B,
-        out_NHD,
-        scale,
-        window or 0,
-        softcap or 0.0,
-        cu_seqlens_q,
-    )
-
-
 def _decode_only(decode):
     """Give a decode kernel several queries per sequence: each becomes a sequence of its own, with its own context length.
 
@@ -150,133 +86,16 @@ def _decode_only(decode):
     return run
 
 
-def _parts(k_cache, block_tables_BM):
-    return -(-block_tables_BM.shape[1] * k_cache.shape[1] // SPLIT)
-
-
-def _decode_triton(q_BHD, k_cache, v_cache, block_tables_BM, context_lens_B, *, scale, window=None, softcap=None):
-    (B, H, D), KV = q_BHD.shape, k_cache.shape[2]
-    parts = _parts(k_cache, block_tables_BM)
-    out_BHD = torch.empty((B, H, D), dtype=q_BHD.dtype, device=q_BHD.device)
-    partial = torch.empty(B, H, parts, D + 2, device=q_BHD.device)
-    if B:
-        paged_attention_kernel[(B * KV * parts,)](
-            q_BHD,
-            k_cache,
-            v_cache,
-            block_tables_BM,
-            context_lens_B,
-            partial,
-            q_BHD.stride(0),
-            q_BHD.stride(1),
-            block_tables_BM.shape[1],
-            parts,
-            scale,
-            softcap or 0.0,
-            window or 0,
-            KV=KV,
-            GROUP=H // KV,
-            D=D,
-            BLOCK=k_cache.shape[1],
-            SPLIT=SPLIT,
-            GROUP_PADDED=max(16, 1 << (H // KV - 1).bit_length()),
-            D_PADDED=max(16, 1 << (D - 1).bit_length()),
-            STEP=64,
-            num_warps=4,
-        )
-        merge_kernel[(B * H,)](
-            partial,
-            context_lens_B,
-            out_BHD,
-            parts,
-            H=H,
-            D=D,
-            SPLIT=SPLIT,
-            D_PADDED=1 << (D - 1).bit_length(),
-            num_warps=1,
-        )
-    return out_BHD
-
-
-def _cache_write_triton(k_NKD, v_NKD, k_cache, v_cache, slots_N):
-    k_NKD, v_NKD = k_NKD.to(k_cache.dtype), v_NKD.to(k_cache.dtype)  # by torch: the interpreter's bf16 cast truncates
-    N, KV, D = k_NKD.shape
-    if N:
-        strides = (*k_NKD.stride()[:2], *v_NKD.stride()[:2])
-        padded = 1 << (KV * D - 1).bit_length()
-        cache_write_kernel[(N,)](k_NKD, v_NKD, k_cache, v_cache, slots_N, *strides, KV=KV, D=D, PADDED=padded)
-
-
-def paged_attention_cuda_on(
-    module, stream, q_BHD, k_cache, v_cache, block_tables_BM, context_lens_B, *, scale, window=None, softcap=None
-):
-    """Launch the CUDA kernels of `module`: the extension's, or in tests the same source compiled for the CPU."""
-    (B, H, D), q_BHD = q_BHD.shape, q_BHD.to(k_cache.dtype)
-    out_BHD = torch.empty((B, H, D), dtype=k_cache.dtype, device=q_BHD.device)
-    parts = _parts(k_cache, block_tables_BM)
-    partial = torch.empty(B * H * parts * (D + 2) if parts > 1 else 0, device=q_BHD.device)
-    module.paged_attention_cuda(
-        q_BHD.data_ptr(),
-        q_BHD.stride(0),
-        q_BHD.stride(1),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        DTYPE_CODES[k_cache.dtype],
-        block_tables_BM.data_ptr(),
-        block_tables_BM.shape[1],
-        context_lens_B.data_ptr(),
-        out_BHD.data_ptr(),
-        partial.data_ptr(),
-        B,
-        H,
-        k_cache.shape[2],
-        D,
-        k_cache.shape[1],
-        scale,
-        window or 0,
-        softcap or 0.0,
-        stream,
-    )
-    return out_BHD
-
-
-def cache_write_cuda_on(module, stream, k_NKD, v_NKD, k_cache, v_cache, slots_N):
-    """As paged_attention_cuda_on. A key or value of another dtype is converted by torch first."""
-    k_NKD, v_NKD = k_NKD.to(k_cache.dtype), v_NKD.to(k_cache.dtype)
-    module.cache_write_cuda(
-        k_NKD.data_ptr(),
-        v_NKD.data_ptr(),
-        *(k_NKD.stride()[:2] + v_NKD.stride()[:2]),
-        DTYPE_CODES[k_cache.dtype],
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        slots_N.data_ptr(),
-        *k_NKD.shape,
-        stream,
-    )
-
-
-def _decode_cuda(q_BHD, k_cache, *args, **options):
-    with torch.cuda.device(q_BHD.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return paged_attention_cuda_on(extension(), stream, q_BHD, k_cache, *args, **options).to(q_BHD.dtype)
-
-
-def _cache_write_cuda(k_NKD, *args):
-    with torch.cuda.device(k_NKD.device):
-        cache_write_cuda_on(extension(), torch.cuda.current_stream().cuda_stream, k_NKD, *args)
-
-
 BACKEND_TABLE: dict[str, Callable] = {
-    "cuda": _decode_only(_decode_cuda),
-    "triton": _decode_only(_decode_triton),
-    "cpu": _paged_attention_cpu,
+    "cuda": _decode_only(decode_cuda),
+    "triton": _decode_only(decode_triton),
+    "cpu": paged_attention_cpu,
     "reference": paged_attention_reference,
 }
 WRITE_TABLE: dict[str, Callable] = {
-    "cuda": _cache_write_cuda,
-    "triton": _cache_write_triton,
-    "cpu": cache_write_cpu_unchecked,
+    "cuda": cache_write_cuda,
+    "triton": cache_write_triton,
+    "cpu": cache_write_cpu,
     "reference": cache_write_reference,
 }
 

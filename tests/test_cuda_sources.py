@@ -14,6 +14,7 @@ import torch
 
 from fastppo.kernels import _sampling_gpu, paged_attention, sampling
 from fastppo.kernels._backend import INTERPRET
+from fastppo.kernels._paged_attention_launch import cache_write_cuda_on, paged_attention_cuda_on
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process is for Triton")
@@ -24,10 +25,10 @@ def cuda_in_place_of_cpu(monkeypatch):
     module = cuda_host.build()
     if isinstance(module, str):
         pytest.skip(module)
-    attend = paged_attention._decode_only(partial(paged_attention.paged_attention_cuda_on, module, 0))
+    attend = paged_attention._decode_only(partial(paged_attention_cuda_on, module, 0))
     monkeypatch.setitem(sampling.BACKEND_TABLE, "cpu", partial(_sampling_gpu.sampling_cuda_on, module, 0))
     monkeypatch.setitem(paged_attention.BACKEND_TABLE, "cpu", lambda q, *a, **o: attend(q, *a, **o).to(q.dtype))
-    monkeypatch.setitem(paged_attention.WRITE_TABLE, "cpu", partial(paged_attention.cache_write_cuda_on, module, 0))
+    monkeypatch.setitem(paged_attention.WRITE_TABLE, "cpu", partial(cache_write_cuda_on, module, 0))
 
 
 @pytest.mark.parametrize("V", sampling_tests.SIZES)

@@ -9,6 +9,7 @@ from host_waits import HostWait, NoWaits, Nowhere
 
 from fastppo.kernels import (
     _logit_rows,
+    _paged_attention_launch,
     _ppo_chunk,
     _sampling_gpu,
     gae,
@@ -27,7 +28,7 @@ KERNELS = {
     kl_reward: ("_kl_reward_kernel",),
     ppo_loss: ("ppo_loss_kernel",),
     _sampling_gpu: ("sampling_kernel",),
-    paged_attention: ("paged_attention_kernel", "merge_kernel", "cache_write_kernel"),
+    _paged_attention_launch: ("paged_attention_kernel", "merge_kernel", "cache_write_kernel"),
 }
 N, D, V = 6, 4, 50
 
@@ -153,11 +154,14 @@ def test_paged_attention(nowhere, chunks):
     q_NHD, caches = torch.randn(3, 4, 16), torch.randn(2, 8, 16, 2, 16)
     tables_BM, lens_B = torch.zeros(3, 2, dtype=torch.int32), torch.full((3,), 20, dtype=torch.int32)
     starts = torch.tensor([0, 1, 2, 3], dtype=torch.int32) if chunks else None
-    cuda = paged_attention._decode_only(partial(paged_attention.paged_attention_cuda_on, nowhere, 0))
+    cuda = paged_attention._decode_only(partial(_paged_attention_launch.paged_attention_cuda_on, nowhere, 0))
     with NoWaits():
         for run in (paged_attention.BACKEND_TABLE["triton"], cuda):
             run(q_NHD, *caches, tables_BM, lens_B, scale=0.25, cu_seqlens_q=starts)
-        for write in (paged_attention.WRITE_TABLE["triton"], partial(paged_attention.cache_write_cuda_on, nowhere, 0)):
+        for write in (
+            paged_attention.WRITE_TABLE["triton"],
+            partial(_paged_attention_launch.cache_write_cuda_on, nowhere, 0),
+        ):
             write(torch.randn(3, 2, 16), torch.randn(3, 2, 16), *caches, torch.arange(3))
     assert nowhere.launches == 5
 

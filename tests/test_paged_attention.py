@@ -82,6 +82,23 @@ def test_decode_matches_reference(backend, device, heads, dtype):
             assert_exact(ours, args, options)
 
 
+@pytest.mark.parametrize("block_size", [16, 48, 8])  # a tile of sixteen tokens; three; none, and no AMX
+@pytest.mark.parametrize("q_dtype", DTYPES, ids=str)
+def test_bfloat16_caches_under_queries_of_any_dtype(q_dtype, block_size):
+    """Float queries (a decode program's) lose nothing to tiles of bfloat16: their error is float's."""
+    device = torch.device("cpu")
+    if why := missing("cpu", device):
+        pytest.skip(why)
+    for heads in [(8, 2, 128), (4, 1, 32), (18, 1, 64), (6, 3, 96)]:  # the last but one: more rows than a tile has
+        for query_lens in (None, [5, 1, 0, 33, 64]):
+            args, starts = case([5, 64, 33, 150, 300], *heads, torch.bfloat16, device, query_lens, block_size)
+            generator = torch.Generator().manual_seed(1)
+            args[0] = torch.randn(args[0].shape, generator=generator).to(q_dtype)
+            for extra in ({}, {"window": 37, "softcap": 9.0}):
+                options = {"scale": heads[2] ** -0.5, "cu_seqlens_q": starts, **extra}
+                assert_exact(paged_attention(*args, **options, backend="cpu"), args, options)
+
+
 @pytest.mark.parametrize("heads", HEADS[:4], ids=str)
 def test_a_chunk_of_queries_matches_reference(backend, device, heads):
     lens, query_lens = ([20, 40], [3, 40]) if INTERPRET else ([5, 64, 65, 700, 300, 7], [5, 1, 33, 150, 300, 0])

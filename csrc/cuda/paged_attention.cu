@@ -9,7 +9,7 @@
 namespace fastppo {
 namespace {
 
-constexpr int kSplit = 256;  // kernels/paged_attention.py: SPLIT
+constexpr int kSplit = 256;  // kernels/_paged_attention_launch.py: SPLIT
 constexpr int kThreads = 128;
 constexpr int kUnroll = 4;
 constexpr float kNegInf = -__builtin_huge_valf();
