@@ -4,8 +4,8 @@
     python -m bench.report --check   exit 1 where they differ from the rows
 
 README.md has one line per device, op and dtype over all its shapes: worst, median and best, so that no slow case is
-left out. bench/results/README.md has every row. A row measured again (same device, op, dtype, shape, variant, note)
-replaces the older one.
+left out. bench/results/README.md has every row. A row measured again (same device, op, dtype, shape, variant, note, its
+memory and wait policy apart) replaces the older one.
 """
 
 import csv
@@ -19,9 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 BEGIN, END = "<!-- bench:begin (python -m bench.report writes this) -->", "<!-- bench:end -->"
-# First word of a variant's name that is ours; every other variant is what we compare with.
-OURS = ("fastppo", "ours", "cuda", "triton", "cpu")
+# First word of a variant's name that is ours (generate's are the dtypes of our decode weights); every other variant is what
+# we compare with.
+OURS = ("fastppo", "ours", "cuda", "triton", "cpu", "fp32", "bf16", "fp16")
 KEY = ("device", "bench", "dtype", "shape", "note", "variant")
+# Parts of a note that say how a measurement went and not what was measured.
+CONDITIONS = re.compile(r"-?\d+ MiB extra|OMP_WAIT_POLICY=\w*")
 NONE_YET = "No measurements have been recorded yet."
 
 Row = Mapping[str, str]
@@ -33,7 +36,7 @@ def read_rows(folder: Path) -> list[Row]:
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                newest[tuple(row.get(name) or "" for name in KEY)] = row
+                newest[tuple(CONDITIONS.sub("", row.get(name) or "") for name in KEY)] = row
     return list(newest.values())
 
 

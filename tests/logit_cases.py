@@ -42,3 +42,12 @@ TRAPS = {
     "one left": lambda z_NV: z_NV.masked_fill(torch.arange(z_NV.shape[-1]) > 0, -torch.inf),
     "late": lambda z_NV: z_NV.masked_fill(torch.arange(z_NV.shape[-1]) < z_NV.shape[-1] - 1, -torch.inf),
 }
+
+# name -> (bias [V] that brings the trap into a head's logits, a token that it leaves possible)
+BIAS_TRAPS = {
+    "all negative": (lambda V: torch.full((V,), -100.0), 4),  # e^-100 is below float32's normal numbers
+    **{
+        name: (lambda V, trap=TRAPS[name]: trap(torch.zeros(V)), at)
+        for name, at in (("bans", 3), ("one left", 0), ("late", -1))
+    },
+}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cases import DTYPES, assert_as_exact_as_torch, tiny_of
+from logit_cases import BIAS_TRAPS, DTYPES, assert_as_exact_as_torch, tiny_of
 
 from fastppo.kernels import linear_logprob as room
 from fastppo.kernels.linear_logprob import Head, head_logits, linear_logprob
@@ -89,6 +89,32 @@ def _any_shape(backend, device, N, D, V, dtype, bias, head, temperature, seed):
 
 def test_any_shape(backend, device, small_tiles):
     _any_shape(backend, device)
+
+
+@pytest.mark.parametrize("trap", BIAS_TRAPS)
+def test_traps(backend, device, small_tiles, trap):
+    """Logits that are all far below 0, or -infinity but for some: a whole tile may hold nothing."""
+    hidden_ND, weight_VD, _, tokens_N, g_N, h_N = inputs(9, 5, 517, device)
+    make, token = BIAS_TRAPS[trap]
+    check(
+        (hidden_ND, weight_VD, make(517).to(device), tokens_N.fill_(token % 517), g_N, h_N),
+        dtype=torch.float32,
+        backend=backend,
+    )
+
+
+def test_any_stride(backend, device, small_tiles):
+    """Hidden states and a weight that are views: the same log-probs and gradients as their copies."""
+    hidden_ND, weight_VD, bias_V, tokens_N, g_N, h_N = inputs(13, 5, 517, device)
+    views = (torch.stack((hidden_ND, hidden_ND), 2)[..., 0], weight_VD.t().contiguous().t())
+    assert not any(x.is_contiguous() for x in views)
+    made = []
+    for leaves in (views, (hidden_ND, weight_VD)):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = linear_logprob(leaves[0], Head(leaves[1], bias_V), tokens_N, backend=backend)
+        made.append([*out, *torch.autograd.grad(out, leaves, [g_N, h_N])])
+    for ours, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_by_hand(backend, device):

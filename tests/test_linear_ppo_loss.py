@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cases import DTYPES, assert_as_exact_as_torch, tiny_of
+from logit_cases import BIAS_TRAPS, DTYPES, assert_as_exact_as_torch, tiny_of
 
 from fastppo.kernels import _recycle
 from fastppo.kernels import linear_ppo_loss as room
@@ -115,6 +115,22 @@ def _any_case(backend, device, N, V, mask, options, bias, head, seed):
 
 def test_any_case(backend, device, small_chunks):
     _any_case(backend, device)
+
+
+@pytest.mark.parametrize("trap", BIAS_TRAPS)
+def test_traps(backend, device, small_chunks, trap):
+    """Logits that are all far below 0, or -infinity but for some; the tokens are among those that are left."""
+    hidden_ND, values_N, weight_VD, _, tokens_N, batch = inputs(9, 5, 517, device)
+    make, token = BIAS_TRAPS[trap]
+    bias_V = make(517).to(device)
+    tokens_N.fill_(token % 517)
+    old_N = linear_logprob_reference(hidden_ND, Head(weight_VD, bias_V), tokens_N).logprob_N + 0.1
+    arguments = (hidden_ND, values_N, weight_VD, bias_V, tokens_N, batch._replace(old_logprobs_N=old_N))
+    check(arguments, OPTIONS["entropy bonus"], dtype=torch.float32, backend=backend)
+
+
+def test_real_vocabulary(backend, device):
+    check(inputs(4, 8, 151_936, device), OPTIONS["entropy bonus"], dtype=torch.float32, backend=backend)
 
 
 def test_by_hand(backend, device):
