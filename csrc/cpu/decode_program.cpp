@@ -17,6 +17,8 @@
 #include "huge_pages.h"
 #include "packed_linear.h"
 #include "paged_attention.h"
+#include "row_ops.h"
+#include "running.h"
 #include "sampling.h"
 #include "simd.h"
 
@@ -24,8 +26,6 @@ namespace fastppo {
 namespace {
 
 enum Kind { kEmbed, kUnary, kBinary, kScalar, kMean, kLayerNorm, kSlice, kPlace, kRMSNorm, kLinear, kAttention };
-enum Unary { kNeg, kCos, kSin, kRsqrt, kRelu, kSilu, kGelu, kGeluTanh, kTanh, kSigmoid, kExp, kSqrt, kReciprocal, kAbs };
-enum Arithmetic { kAdd, kSub, kMul, kDiv, kPow };
 // How the second operand covers the first: alike; repeated; one per group; kOne: a constant longer than a one-element row.
 enum Spread { kFull, kTail, kHead, kOne };
 
@@ -38,180 +38,6 @@ struct Op {
 };
 
 using Tuple = std::tuple<int, int, int, int, int, int, std::array<int64_t, 5>, double, double, uintptr_t, uintptr_t>;
-
-FASTPPO_INLINE vec16 tanh16(vec16 x) {
-  // (e^2x - 1) / (e^2x + 1) loses digits near 0, where the series has them
-  vec16 magnitude = max16(x, -x);
-  vec16 e = exp16(magnitude * 2.0f);
-  vec16 far = 1.0f - 2.0f / (e + 1.0f);
-  far = x < splat(0.0f) ? -far : far;
-  vec16 s = x * x;
-  vec16 near = x + x * s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f)));
-  return magnitude < splat(0.2f) ? near : far;
-}
-
-// Abramowitz & Stegun 7.1.26: absolute error below 1.5e-7
-FASTPPO_INLINE vec16 erf16(vec16 x) {
-  vec16 z = max16(x, -x);
-  vec16 t = 1.0f / (1.0f + 0.3275911f * z);
-  vec16 p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-  vec16 y = 1.0f - p * exp16(-z * z);
-  return x < splat(0.0f) ? -y : y;
-}
-
-FASTPPO_INLINE vec16 sqrt16(vec16 x) {
-  vec16 y;
-  for (int i = 0; i < 16; ++i) y[i] = std::sqrt(x[i]);
-  return y;
-}
-
-FASTPPO_INLINE vec16 unary16(int mode, vec16 x) {
-  switch (mode) {
-    case kNeg: return -x;
-    case kRsqrt: return 1.0f / sqrt16(x);
-    case kRelu: return max16(x, splat(0.0f));
-    case kSilu: return x / (1.0f + exp16(-x));
-    case kGelu: return 0.5f * x * (1.0f + erf16(x * 0.70710678f));
-    case kGeluTanh: return x / (1.0f + exp16(-1.59576912f * (x + 0.044715f * x * x * x)));  // (1 + tanh z) / 2 = sigmoid(2 z)
-    case kTanh: return tanh16(x);
-    case kSigmoid: return 1.0f / (1.0f + exp16(-x));
-    case kExp: return exp16(x);
-    case kSqrt: return sqrt16(x);
-    case kReciprocal: return 1.0f / x;
-    default: return max16(x, -x);  // kAbs
-  }
-}
-
-FASTPPO_INLINE vec16 arithmetic16(int mode, vec16 a, vec16 b) {
-  switch (mode) {
-    case kAdd: return a + b;
-    case kSub: return a - b;
-    case kMul: return a * b;
-    default: return a / b;
-  }
-}
-
-// A lambda in a clone must be inlined too: a call would pass vectors by another ISA's convention.
-#define INLINE_LAMBDA __attribute__((always_inline))
-
-// out[0 .. n) = f(lane) for whole vectors, then for a padded last one
-template <typename F>
-FASTPPO_INLINE void map16(float* out, int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store16(out + i, f(i, 16));
-  if (i < n) {
-    vec16 last = f(i, static_cast<int>(n - i));
-    std::memcpy(out + i, &last, (n - i) * sizeof(float));
-  }
-}
-
-FASTPPO_INLINE vec16 load_some(const float* p, int lanes) {
-  if (lanes == 16) return load16(p);
-  vec16 x{};
-  std::memcpy(&x, p, lanes * sizeof(float));
-  return x;
-}
-
-FASTPPO_CLONES void unary(int mode, const float* x, float* out, int64_t n) {
-  if (mode == kCos || mode == kSin) {
-    for (int64_t i = 0; i < n; ++i) out[i] = mode == kCos ? std::cos(x[i]) : std::sin(x[i]);
-    return;
-  }
-#define CASE(M) \
-  case M: map16(out, n, [&](int64_t i, int lanes) INLINE_LAMBDA { return unary16(M, load_some(x + i, lanes)); }); break;
-  switch (mode) {
-    CASE(kNeg) CASE(kRsqrt) CASE(kRelu) CASE(kSilu) CASE(kGelu) CASE(kGeluTanh) CASE(kTanh)
-    CASE(kSigmoid) CASE(kExp) CASE(kSqrt) CASE(kReciprocal) default: CASE(kAbs)
-  }
-#undef CASE
-}
-
-FASTPPO_CLONES void binary(int mode, const float* a, const float* b, float* out, int64_t n, bool swapped) {
-  map16(out, n, [&](int64_t i, int lanes) INLINE_LAMBDA {
-    vec16 x = load_some(a + i, lanes), y = load_some(b + i, lanes);
-    return swapped ? arithmetic16(mode, y, x) : arithmetic16(mode, x, y);
-  });
-}
-
-FASTPPO_CLONES void scalar(int mode, const float* a, float b, float* out, int64_t n, bool swapped) {
-  if (mode == kPow) {
-    if (b == 2.0f) return map16(out, n, [&](int64_t i, int lanes) INLINE_LAMBDA { vec16 x = load_some(a + i, lanes); return x * x; });
-    if (b == 3.0f) return map16(out, n, [&](int64_t i, int lanes) INLINE_LAMBDA { vec16 x = load_some(a + i, lanes); return x * x * x; });
-    for (int64_t i = 0; i < n; ++i) out[i] = std::pow(a[i], b);
-    return;
-  }
-  map16(out, n, [&](int64_t i, int lanes) INLINE_LAMBDA {
-    vec16 x = load_some(a + i, lanes), y = splat(b);
-    return swapped ? arithmetic16(mode, y, x) : arithmetic16(mode, x, y);
-  });
-}
-
-FASTPPO_INLINE float sum_of(vec16 x) {
-  float s = 0.0f;
-  for (int i = 0; i < 16; ++i) s += x[i];
-  return s;
-}
-
-FASTPPO_CLONES void mean(const float* x, float* out, int64_t groups, int64_t n, float scale) {
-  for (int64_t r = 0; r < groups; ++r, x += n) {
-    vec16 sum{};
-    for (int64_t i = 0; i < n; i += 16) sum += load_some(x + i, static_cast<int>(std::min<int64_t>(16, n - i)));
-    out[r] = sum_of(sum) * scale;
-  }
-}
-
-FASTPPO_CLONES void layer_norm(const float* x, float* out, int64_t groups, int64_t n, float eps, const float* weight,
-                               const float* bias) {
-  for (int64_t r = 0; r < groups; ++r, x += n, out += n) {
-    vec16 sum{}, squares{};
-    for (int64_t i = 0; i < n; i += 16) sum += load_some(x + i, static_cast<int>(std::min<int64_t>(16, n - i)));
-    const float center = sum_of(sum) / n;
-    for (int64_t i = 0; i < n; ++i) out[i] = x[i] - center;
-    for (int64_t i = 0; i < n; i += 16) {
-      vec16 d = load_some(out + i, static_cast<int>(std::min<int64_t>(16, n - i)));
-      squares += d * d;
-    }
-    const float scale = 1.0f / std::sqrt(sum_of(squares) / n + eps);
-    for (int64_t i = 0; i < n; ++i) out[i] = out[i] * scale * (weight ? weight[i] : 1.0f) + (bias ? bias[i] : 0.0f);
-  }
-}
-
-FASTPPO_CLONES void rms_norm(const float* x, float* out, int64_t groups, int64_t n, float eps, const float* weight) {
-  for (int64_t r = 0; r < groups; ++r, x += n, out += n) {
-    vec16 squares{};
-    for (int64_t i = 0; i < n; i += 16) {
-      vec16 v = load_some(x + i, static_cast<int>(std::min<int64_t>(16, n - i)));
-      squares += v * v;
-    }
-    const float scale = 1.0f / std::sqrt(sum_of(squares) / n + eps);
-    for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
-  }
-}
-
-// Several decode steps of B sequences: state in, samples out. Arrays of B unless said; S steps, M pages, D hidden.
-// decode_program.py has the same fields in the same order.
-struct Steps {
-  int64_t steps, B, M;
-  uintptr_t tokens, positions, seeds, left;  // int64; left: tokens that a sequence may still get
-  uintptr_t tables;                          // int32 [B, M], with the pages for all steps
-  uintptr_t sampled_tokens, counts, numbers, hidden;  // int64 [S, B]; int64; float [3, S, B]; float [S, B, D]
-  int tokens_buffer, positions_buffer, hidden_buffer, logits_buffer;
-  bool stop_at_end;  // return as soon as a sequence ends: others wait for its place
-  std::vector<int64_t> eos;
-};
-
-struct Draw {
-  double temperature;
-  int64_t top_k;
-  double top_p, min_p, logprob_temperature;
-};
-
-// What one forward pass reads and writes besides the program.
-struct Pass {
-  int64_t rows, sequences;
-  uintptr_t slots, tables, lens, starts;  // starts: 0 when every row is a sequence
-  int64_t table_width;
-};
 
 class DecodeProgram {
  public:
@@ -265,76 +91,6 @@ class DecodeProgram {
   }
 
  private:
-  template <typename T>
-  static uintptr_t address(const std::vector<T>& x) {
-    return reinterpret_cast<uintptr_t>(x.data());
-  }
-
-  // The sequences that go on, packed: row i is sequence index[i] of the caller.
-  class Running {
-   public:
-    Running(const Steps& f, const std::vector<int64_t>& sizes, uintptr_t tables, int64_t block)
-        : f_(f), D_(sizes[f.hidden_buffer]), block_(block), all_tables_(reinterpret_cast<const int32_t*>(tables)) {
-      const int64_t* token = reinterpret_cast<const int64_t*>(f.tokens);
-      const int64_t* position = reinterpret_cast<const int64_t*>(f.positions);
-      const int64_t* seed = reinterpret_cast<const int64_t*>(f.seeds);
-      for (int64_t b = 0; b < f.B; ++b) index_.push_back(b), drawn.push_back(token[b]), next.push_back(position[b]), seeds.push_back(seed[b]);
-      for (auto& x : inputs) x.resize(f.B);
-      for (auto& x : numbers) x.resize(f.B);
-      slots_.resize(f.B), lens_.resize(f.B), tables_.resize(f.B * f.M);
-      hidden.resize(f.B * D_), logits.resize(f.B * sizes[f.logits_buffer]);
-      place();
-    }
-
-    int64_t count() const { return static_cast<int64_t>(index_.size()); }
-    Pass pass() const { return Pass{count(), count(), address(slots_), address(tables_), address(lens_), 0, f_.M}; }
-
-    // Writes the step's samples down and drops the sequences that end; true when the caller has to look.
-    bool advance(int64_t step) {
-      int64_t kept = 0;
-      bool look = false;
-      for (int64_t i = 0, n = count(); i < n; ++i) {
-        const int64_t b = index_[i], at = step * f_.B + b;
-        reinterpret_cast<int64_t*>(f_.sampled_tokens)[at] = drawn[i];
-        for (int64_t k = 0; k < 3; ++k) reinterpret_cast<float*>(f_.numbers)[k * f_.steps * f_.B + at] = numbers[k][i];
-        if (f_.hidden) std::copy_n(hidden.data() + i * D_, D_, reinterpret_cast<float*>(f_.hidden) + at * D_);
-        const int64_t made = ++reinterpret_cast<int64_t*>(f_.counts)[b];
-        const bool ends = drawn[i] < 0 || made >= reinterpret_cast<const int64_t*>(f_.left)[b] ||
-                          std::find(f_.eos.begin(), f_.eos.end(), drawn[i]) != f_.eos.end();
-        look |= drawn[i] < 0 || (ends && f_.stop_at_end);
-        if (ends) continue;
-        index_[kept] = b, drawn[kept] = drawn[i], next[kept] = next[i], seeds[kept] = seeds[i];
-        ++kept;
-      }
-      index_.resize(kept);
-      place();
-      return look;
-    }
-
-    std::vector<float> inputs[2];  // tokens and positions, as the program reads them
-    std::vector<float> hidden, logits, numbers[3];
-    std::vector<int64_t> drawn, next, seeds;  // last token; the position that is sampled next; of each sequence
-
-   private:
-    // Where the last token of each sequence goes, and what it sees.
-    void place() {
-      for (int64_t i = 0; i < count(); ++i) {
-        const int32_t* table = all_tables_ + index_[i] * f_.M;
-        const int64_t position = next[i]++;
-        inputs[0][i] = static_cast<float>(drawn[i]), inputs[1][i] = static_cast<float>(position);
-        lens_[i] = static_cast<int32_t>(position + 1);
-        if (position / block_ < f_.M) slots_[i] = table[position / block_] * block_ + position % block_;
-        std::copy_n(table, f_.M, tables_.data() + i * f_.M);
-      }
-    }
-
-    const Steps& f_;
-    const int64_t D_, block_;
-    const int32_t* all_tables_;
-    std::vector<int64_t> index_, slots_;
-    std::vector<int32_t> lens_, tables_;
-  };
-
   // Memory for what the operations write; none for what lives outside: logits of a whole prompt would be its largest part.
   void place(int64_t first, int64_t last, int64_t rows, const std::vector<std::pair<int, uintptr_t>>& given) {
     std::fill(buffers_.begin(), buffers_.end(), nullptr);

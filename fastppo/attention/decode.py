@@ -34,32 +34,23 @@ def _window(window: int | None) -> tuple[int, int]:
     return (-1, -1) if window is None else (window - 1, 0)
 
 
-def _fa3(q_BHD, k_cache, v_cache, tables_BM, lens_B, *, scale, window, softcap):
-    out = load("fa3")(
-        *(q_BHD[:, None], k_cache, v_cache),
-        cache_seqlens=lens_B,
-        page_table=tables_BM,
-        softmax_scale=scale,
-        causal=True,
-        window_size=_window(window),
-        softcap=softcap or 0.0,
-        num_splits=1,
-    )
-    return out[:, 0]
+def _with_kvcache(name: str, tables: str) -> Callable:
+    """flash_attn_with_kvcache of version `name`, which calls its block tables `tables`."""
 
+    def run(q_BHD, k_cache, v_cache, tables_BM, lens_B, *, scale, window, softcap):
+        out = load(name)(
+            *(q_BHD[:, None], k_cache, v_cache),
+            **{tables: tables_BM},
+            cache_seqlens=lens_B,
+            softmax_scale=scale,
+            causal=True,
+            window_size=_window(window),
+            softcap=softcap or 0.0,
+            num_splits=1,
+        )
+        return out[:, 0]
 
-def _fa2(q_BHD, k_cache, v_cache, tables_BM, lens_B, *, scale, window, softcap):
-    out = load("fa2")(
-        *(q_BHD[:, None], k_cache, v_cache),
-        cache_seqlens=lens_B,
-        block_table=tables_BM,
-        softmax_scale=scale,
-        causal=True,
-        window_size=_window(window),
-        softcap=softcap or 0.0,
-        num_splits=1,
-    )
-    return out[:, 0]
+    return run
 
 
 def _varlen(q_BHD, k_cache, v_cache, tables_BM, lens_B, *, scale, window, softcap):
@@ -67,7 +58,7 @@ def _varlen(q_BHD, k_cache, v_cache, tables_BM, lens_B, *, scale, window, softca
     return load("varlen")(
         *(q_BHD, k_cache, v_cache, starts, None, 1, tables_BM.shape[1] * k_cache.shape[1]),
         scale=scale,
-        window_size=(-1, 0) if window is None else (window - 1, 0),
+        window_size=(_window(window)[0], 0),  # causal
         enable_gqa=q_BHD.shape[1] != k_cache.shape[2],
         seqused_k=lens_B,
         block_table=tables_BM,
@@ -77,9 +68,21 @@ def _varlen(q_BHD, k_cache, v_cache, tables_BM, lens_B, *, scale, window, softca
 
 # name -> (module, symbol, arguments that it must take, page sizes are multiples of, how it is called); best first, ours last
 DECODERS = {
-    "fa3": ("flash_attn_interface", "flash_attn_with_kvcache", ("page_table", "softcap", "num_splits"), 1, _fa3),
+    "fa3": (
+        "flash_attn_interface",
+        "flash_attn_with_kvcache",
+        ("page_table", "softcap", "num_splits"),
+        1,
+        _with_kvcache("fa3", "page_table"),
+    ),
     "varlen": ("torch.nn.attention.varlen", "varlen_attn", ("block_table", "seqused_k", "num_splits"), 256, _varlen),
-    "fa2": ("flash_attn", "flash_attn_with_kvcache", ("block_table", "softcap", "num_splits"), 256, _fa2),
+    "fa2": (
+        "flash_attn",
+        "flash_attn_with_kvcache",
+        ("block_table", "softcap", "num_splits"),
+        256,
+        _with_kvcache("fa2", "block_table"),
+    ),
     "paged": ("fastppo.kernels.paged_attention", "paged_attention", (), 1, paged_attention),
 }
 
