@@ -185,6 +185,34 @@ def test_cache_write(backend, device, dtype, cache_dtype):
         assert torch.equal(cache.flatten(0, 1), expected)
 
 
+def test_a_cache_of_more_than_2_to_the_31_elements():
+    """Offsets are 64 bits wide. 4 GiB of addresses, of which only the first and last page are ever touched."""
+    device = torch.device("cpu")
+    if why := missing("cpu", device):
+        pytest.skip(why)
+    blocks = (1 << 31) // (16 * 8 * 256) + 2
+    cache = torch.empty(blocks, 16, 8, 256, dtype=torch.float16)
+    k_NKD = torch.randn(3, 8, 256).half()
+    slots_N = (blocks - 1) * 16 + torch.arange(3)
+    cache[0] = 0
+    cache_write(k_NKD, k_NKD, cache, cache, slots_N, backend="cpu")
+    assert torch.equal(cache[-1, :3], k_NKD)
+    q_BHD = torch.randn(1, 8, 256)
+    ours = [
+        paged_attention(
+            q_BHD,
+            c,
+            c,
+            torch.tensor([[b]], dtype=torch.int32),
+            torch.tensor([3], dtype=torch.int32),
+            scale=0.1,
+            backend="cpu",
+        )
+        for c, b in ((cache, blocks - 1), (cache[-1:].clone(), 0))
+    ]
+    assert torch.equal(*ours) and ours[0].abs().max() > 0
+
+
 def test_nothing_to_do(backend, device):
     args, _ = case([], 4, 2, 16, torch.float32, device)
     assert paged_attention(*args, scale=1.0, backend=backend).shape == (0, 4, 16)
