@@ -41,6 +41,14 @@ def inputs(N, D, V, dtype, device):
     return hidden_ND, weight_VD, torch.randint(0, V, (N,), device=device)
 
 
+def cases(options):
+    """(hidden_ND, tokens_N, head, bare products, text of the shape) of each shape and dtype."""
+    for N, D, V in shapes_of(options):
+        for dtype in (torch.bfloat16,) if options.device.type == "cuda" else (torch.float32, torch.bfloat16):
+            hidden_ND, weight_VD, tokens_N = inputs(N, D, V, dtype, options.device)
+            yield hidden_ND, tokens_N, Head(weight_VD), Products(hidden_ND, weight_VD), f"[{N}, {D}] x [{V}, {D}]"
+
+
 def fused(hidden_ND, head, tokens_N):
     """The forward that keeps its logits in registers, on a GPU."""
     if hidden_ND.device.type != "cuda":
@@ -62,36 +70,31 @@ def shapes_of(options):
 
 def main():
     options = arguments(__doc__)
-    device = options.device
-    dtypes = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    for N, D, V in shapes_of(options):
-        for dtype in dtypes:
-            hidden_ND, weight_VD, tokens_N = inputs(N, D, V, dtype, device)
-            g_N, h_N = torch.randn(2, N, device=device)
-            bare, head = Products(hidden_ND, weight_VD), Head(weight_VD)
+    device, show = options.device, dict(device=options.device, csv=options.csv, baseline="products")
+    for hidden_ND, tokens_N, head, bare, shape in cases(options):
+        dtype, N, flops = hidden_ND.dtype, len(hidden_ND), 2 * len(hidden_ND) * head.weight_VD.numel()
+        g_N, h_N = torch.randn(2, N, device=device)
 
-            def forward(hidden_ND=hidden_ND, head=head, tokens_N=tokens_N):
-                with torch.no_grad():
-                    return linear_logprob(hidden_ND, head, tokens_N)
+        def forward(hidden_ND=hidden_ND, head=head, tokens_N=tokens_N):
+            with torch.no_grad():
+                return linear_logprob(hidden_ND, head, tokens_N)
 
-            def both(run, hidden_ND=hidden_ND, head=head, tokens_N=tokens_N, g_N=g_N, h_N=h_N):
-                made = run(hidden_ND, head, tokens_N)
-                return torch.autograd.grad(made, (hidden_ND, head.weight_VD), [g_N, h_N])
+        def both(run, hidden_ND=hidden_ND, head=head, tokens_N=tokens_N, g_N=g_N, h_N=h_N):
+            made = run(hidden_ND, head, tokens_N)
+            return torch.autograd.grad(made, (hidden_ND, head.weight_VD), [g_N, h_N])
 
-            fns = {"ours": forward, "products": bare.logits, **fused(hidden_ND, head, tokens_N)}
-            memory = f"{extra_mib(forward, device, 8 * N):.0f} MiB extra"
-            show = dict(device=device, csv=options.csv, baseline="products")
-            shape, flops = f"[{N}, {D}] x [{V}, {D}]", 2 * N * D * V
-            medians_ms = compare(fns, rounds=options.rounds, warmup=1, device=device)
-            report("linear_logprob", shape, dtype, medians_ms, flops=flops, note=f"forward; {memory}", **show)
-            fns = {
-                "ours": lambda both=both: both(linear_logprob),
-                "products": bare.four,
-                "torch": lambda both=both: both(linear_logprob_reference),
-            }
-            memory = f"{extra_mib(fns['ours'], device, hidden_ND.nbytes + weight_VD.nbytes):.0f} MiB extra"
-            medians_ms = compare(fns, rounds=max(3, options.rounds // 3), warmup=1, device=device)
-            report("linear_logprob", shape, dtype, medians_ms, flops=4 * flops, note=f"fwd+bwd; {memory}", **show)
+        fns = {"ours": forward, "products": bare.logits, **fused(hidden_ND, head, tokens_N)}
+        memory = f"{extra_mib(forward, device, 8 * N):.0f} MiB extra"
+        medians_ms = compare(fns, rounds=options.rounds, warmup=1, device=device)
+        report("linear_logprob", shape, dtype, medians_ms, flops=flops, note=f"forward; {memory}", **show)
+        fns = {
+            "ours": lambda both=both: both(linear_logprob),
+            "products": bare.four,
+            "torch": lambda both=both: both(linear_logprob_reference),
+        }
+        memory = f"{extra_mib(fns['ours'], device, hidden_ND.nbytes + head.weight_VD.nbytes):.0f} MiB extra"
+        medians_ms = compare(fns, rounds=max(3, options.rounds // 3), warmup=1, device=device)
+        report("linear_logprob", shape, dtype, medians_ms, flops=4 * flops, note=f"fwd+bwd; {memory}", **show)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,25 @@ _SAMPLING = {"GREEDY": False, "TILE": 1024, "TILES": 256}
 _PAGED_TYPES = "*{0} *{0} *{0} *i32 *i32 *fp32 i32 i32 i32 i32 fp32 fp32 i32"
 _PAGED = {"KV": 8, "GROUP": 4, "BLOCK": 16, "SPLIT": 256, "GROUP_PADDED": 16, "STEP": 64}
 
+
+def _linear_stats(kind: str, more: bool, tma: bool) -> TritonCase:
+    """The fused forward: with TMA on Hopper alone, in wider tiles; more: bias and soft cap."""
+    tensors, columns = f"*{kind} *{kind}", 128
+    if tma:
+        tensors, columns = f"tensordesc<{kind}[128,64]> tensordesc<{kind}[256,64]>", 256
+    return TritonCase(
+        "fastppo.kernels._linear_stats_triton:linear_stats_kernel",
+        f"{tensors} *fp32 *i64 *fp32 i32 i32 i32 fp32 fp32",
+        {"BIAS": more, "CAP": more, "SPLIT": 4096, "TMA": tma, "ROWS": 128, "COLUMNS": columns, "DEPTH": 64},
+        warps=8,
+        sixteens=("D",),
+        archs=(90,) if tma else (80, 90),
+        wants_80=() if tma else (ASYNC, MMA),
+        wants_90=(TMA if tma else ASYNC, WGMMA),
+        label=", ".join([*([f"{kind} TMA"] if tma else []), *(["bias, cap"] if more else [])]),
+    )
+
+
 TRITON: list[TritonCase] = [
     *(
         TritonCase(
@@ -119,34 +138,7 @@ TRITON: list[TritonCase] = [
         sixteens=("N",),
         **BOTH_WIDE,
     ),
-    *(
-        TritonCase(
-            "fastppo.kernels._linear_stats_triton:linear_stats_kernel",
-            f"*{kind} *{kind} *fp32 *i64 *fp32 i32 i32 i32 fp32 fp32",
-            {"BIAS": more, "CAP": more, "SPLIT": 4096, "TMA": False, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64},
-            warps=8,
-            sixteens=("D",),
-            wants_80=(ASYNC, MMA),
-            wants_90=(ASYNC, WGMMA),
-            label="bias, cap" if more else "",
-        )
-        for kind in ("bf16", "fp16")
-        for more in (False, True)
-    ),
-    *(
-        TritonCase(
-            "fastppo.kernels._linear_stats_triton:linear_stats_kernel",
-            f"tensordesc<{kind}[128,64]> tensordesc<{kind}[256,64]> *fp32 *i64 *fp32 i32 i32 i32 fp32 fp32",
-            {"BIAS": more, "CAP": more, "SPLIT": 4096, "TMA": True, "ROWS": 128, "COLUMNS": 256, "DEPTH": 64},
-            warps=8,
-            sixteens=("D",),
-            archs=(90,),
-            wants_90=(TMA, WGMMA),
-            label=f"{kind} TMA" + (", bias, cap" if more else ""),
-        )
-        for kind in ("bf16", "fp16")
-        for more in (False, True)
-    ),
+    *(_linear_stats(kind, more, tma) for tma in (False, True) for kind in ("bf16", "fp16") for more in (False, True)),
 ]
 
 # file stem -> instructions that some kernel of the file must use
