@@ -86,6 +86,8 @@ def compare(
     cache before each sample (a memory-bound op in a training step finds its inputs in DRAM).
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        spread_threads()
     sample = functools.partial(_gpu_sample_ms, cold=cold) if device.type == "cuda" else _cpu_sample_ms
     repeats = {}
     for name, fn in fns.items():
@@ -99,6 +101,14 @@ def compare(
         for name, fn in fns.items():
             samples[name].append(sample(fn, repeats[name]))
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+@functools.cache
+def spread_threads() -> None:
+    """Half a second of work: a new pool's threads may stand on one core, spinning, until the scheduler parts them."""
+    x, until = torch.ones(1 << 22), time.perf_counter() + 0.5
+    while time.perf_counter() < until:
+        x.add_(1.0)
 
 
 def _cpu_sample_ms(fn, repeats: int) -> float:
