@@ -142,7 +142,9 @@ def tiny(kind, ragged: bool, seed: int):
     config.num_labels, config.bos_token_id, config.eos_token_id = 1, 1, STOP
     torch.manual_seed(seed)
     model = kind(config)
-    if ragged:  # the head reads 1 in dimension 0, so that the stop token has a probability of about 1/40 at every position
+    if (
+        ragged
+    ):  # the head reads 1 in dimension 0, so that the stop token has a probability of about 1/40 at every position
         with torch.no_grad():
             model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0.0, 1.0
             model.transformer.wte.weight[STOP] = 0.0

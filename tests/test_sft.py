@@ -88,9 +88,15 @@ def test_lora_and_dora_train_adapters_only(tmp_path):
     )
 
 
-def test_resume_gives_the_same_weights(tmp_path):
+@pytest.mark.parametrize("lora", [False, True], ids=["all_weights", "lora"])
+def test_resume_gives_the_same_weights(tmp_path, lora):
+    from peft import LoraConfig
+
     def go(folder, **options):
-        more = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
+        adapter = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear") if lora else None
+        more = dict(
+            peft_config=adapter, max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2
+        )
         return trainer(folder, rows("text"), per_device_train_batch_size=2, learning_rate=1e-2, **more, **options)
 
     whole = go(tmp_path / "a")
