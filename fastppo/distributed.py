@@ -151,38 +151,6 @@ def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: full_tensor(x).cpu() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """optimizer.state_dict() with whole tensors; every process must call it."""
-    saved = optimizer.state_dict()
-    whole_states = {
-        key: {name: full_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in state.items()}
-        for key, state in saved["state"].items()
-    }
-    return saved | {"state": whole_states}
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """What optimizer_state returned, laid out as the parameters are now."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = {
-        key: {
-            name: shard_like(x, parameters[key]) if isinstance(x, torch.Tensor) and x.dim() else x
-            for name, x in state.items()
-        }
-        for key, state in saved["state"].items()
-    }
-    optimizer.load_state_dict(saved | {"state": states})
-
-
-def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor` (whole, the same everywhere) laid out as `like`."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
 def reduce_gradients(
     accelerator: "Accelerator", parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 << 20
 ) -> None:

@@ -1,6 +1,6 @@
 """Bytes that one process of a PPO run holds, by what they are for and when.
 
-    always      weights, reference, optimizer; on a CPU the decode program's packed weights
+    always      weights, reference, optimizer; on a CPU small packed weights of the decode program
     rollout     KV pages, the prompts' forward pass, a step's logits, under FSDP2 one model whole
     scoring     a pass without gradient over FORWARD_TOKENS, the head's tile, under FSDP2 one model whole
     training    gradients, DDP's buckets, activations of a micro-batch, the head's chunk, under FSDP2 two gathered layers
@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastppo.kernels.linear_logprob import TILE_BYTES
+from fastppo.kernels.linear_ppo_loss import CHUNK_BYTES
 from fastppo.planner.passes import Counted, Setting, count
+from fastppo.trainer.packed_path import GIVE_BACK_BYTES
 
 BLOCK = 16  # tokens of a KV page
 ROLLOUT_TOKENS = {"cpu": 1024, "cuda": 8192}  # prompt tokens read at a time
@@ -158,7 +161,7 @@ class Planner:
             "reference": 0 if job.lora_rank is not None else self._share(held),
             "optimizer": self._share(2 * trained * self.backbones),
         }
-        if job.device == "cpu" and 0 < self._packed() <= self.memory // 8:
+        if 0 < self._packed() < GIVE_BACK_BYTES:
             parts["packed weights"] = self._packed()
         if job.other_bytes:
             parts["other"] = job.other_bytes
@@ -168,7 +171,12 @@ class Planner:
         """The CPU decode program's copies of the matrices and the head; autocast and FSDP2's modules go without it."""
         job, p = self.job, self.counted.parameters
         autocast = job.trainer == "late" and job.precision == "bf16"
-        return 0 if autocast or job.sharded else self.width * (p.matrices + p.head)
+        without = job.device != "cpu" or autocast or job.sharded
+        return 0 if without else self.width * (p.matrices + p.head)
+
+    def _packed_now(self) -> dict[str, int]:
+        """Large ones live from a rollout to the end of scoring."""
+        return {"packed weights": self._packed()} if self._packed() >= GIVE_BACK_BYTES else {}
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -180,9 +188,7 @@ class Planner:
         workspace = c.passes.rollout(read) if job.device == "cuda" else 0
         workspace += 4 * together * c.vocabulary * (3 if job.device == "cuda" else 1)  # logits, and the sampler's own
         parts = {"KV pages": min(pages, max(0, (self.memory - held - self._whole()) // 2)), "workspace": int(workspace)}
-        if job.device == "cpu" and self._packed() > self.memory // 8:  # given back after the rollout
-            parts["packed weights"] = self._packed()
-        return parts | ({"one model whole": self._whole()} if job.sharded else {})
+        return parts | self._packed_now() | ({"one model whole": self._whole()} if job.sharded else {})
 
     def _forward(self, tokens: int) -> float:
         """A pass without gradient."""
@@ -198,10 +204,12 @@ class Planner:
             tokens = min(LATE_SCORED, job.sequences) * job.length
         else:
             tokens = min(micro_tokens if micro_tokens < job.mini_batch * job.length else FORWARD_TOKENS, everything)
-        tile = 16 << 20 if job.device == "cpu" else 256 << 20
-        head = min(tile, tokens * c.vocabulary * self.gathered_width) + tokens * c.hidden * self.gathered_width
+        head = (
+            min(TILE_BYTES[job.device], tokens * c.vocabulary * self.gathered_width)
+            + tokens * c.hidden * self.gathered_width
+        )
         parts = {"workspace": int(self._forward(tokens) + head)}
-        return parts | ({"one model whole": self._whole()} if job.sharded else {})
+        return parts | self._packed_now() | ({"one model whole": self._whole()} if job.sharded else {})
 
     def _training(self, tokens: int) -> dict[str, int]:
         job = self.job
@@ -223,10 +231,11 @@ class Planner:
         kept, backward, head = self._activations(tokens)
         # at its end backward holds the whole gradients of what is gathered, before they are shared out
         first, last = self._gathered(), 2 * self._gathered()
+        # the head's memory is used again by the next micro-batch: it stays
         if job.on_engine or tokens < job.mini_batch * job.length:
-            return gradients + max(kept + head + first, backward + last)
+            return gradients + head + max(kept + first, backward + last)
         # one micro-batch per optimizer step: gradients come as activations go
-        return max(kept + head + first, gradients + last) + backward - kept
+        return head + max(kept + first, gradients + last) + backward - kept
 
     def _gathered(self) -> float:
         """FSDP2: the root's own parameters and two layers."""
@@ -238,11 +247,11 @@ class Planner:
         job, c = self.job, self.counted
         answers = tokens * job.response_tokens / job.length
         logits = answers * c.vocabulary * self.gathered_width
-        chunk = min((100 if job.device == "cpu" else 1280) << 20, logits)
+        chunk = min(CHUNK_BYTES[job.device, self.gathered_width], logits)
         head = chunk + 2 * answers * c.hidden * self.gathered_width
         if job.on_engine:
             kept, transient = self._engine(tokens)
-            return kept, kept + transient + head, head  # its tile and the head's rows stay to the end
+            return kept, kept + transient, head
         if job.lora_rank is None:
             head += c.parameters.head * (4 if logits > chunk else self.gathered_width)
         return c.passes.kept(tokens) * self.backbones, c.passes.backward(tokens) * self.backbones, head

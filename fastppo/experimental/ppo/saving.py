@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastppo import distributed
+from fastppo import distributed, sharded_optimizer
 from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.run_folder import remove_old, whole_or_nothing
 
@@ -48,7 +48,7 @@ def collect_resume(trainer: "PPOTrainer") -> Resume:
     policy = {id(x) for x in trainer.policy_model.parameters()}
     value = {name: x for name, x in trainer._wrapper.named_parameters(remove_duplicate=True) if id(x) not in policy}
     value = {name: distributed.full_tensor(x.detach()).cpu().contiguous() for name, x in value.items()}
-    return Resume(value, distributed.optimizer_state(trainer.optimizer))
+    return Resume(value, sharded_optimizer.save(trainer.optimizer))
 
 
 def save_resume(trainer: "PPOTrainer", folder: Path, resume: Resume) -> None:
@@ -86,7 +86,7 @@ def load_weights(trainer: "PPOTrainer", folder: Path) -> None:
 def load_resume(trainer: "PPOTrainer", folder: Path) -> None:
     """Put optimizer, schedule and state back as `save_resume` found them."""
     states = torch.load(folder / RESUME_FILE, map_location="cpu", weights_only=True)
-    distributed.load_optimizer_state(trainer.optimizer, states["optimizer"])
+    sharded_optimizer.load(trainer.optimizer, states["optimizer"])
     trainer.lr_scheduler.load_state_dict(states["lr_scheduler"])
     trainer.micro_rows = states["micro_rows"]
     before = trainer.state
