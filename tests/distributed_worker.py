@@ -198,20 +198,30 @@ def failing_reward(folder: Path) -> None:
     late_cases.trainer(folder, value=False, reward=reward, per_device_train_batch_size=2).train()
 
 
-def step_after(what) -> None:
-    """One step, then what() on process 1, then another."""
-    made = classic_trainer({"config": {"ddp_timeout": 5.0}})
+def step_after(what, seconds: float, folder: Path) -> None:
+    """One step, then what() on process 1, then another. seconds: the time-out. folder/ended: process 0 has failed."""
+    made = classic_trainer({"config": {"ddp_timeout": seconds}})
     for batch in classic_batches({}):
         queries, responses, scores, _ = ([part[r] for r in own_rows(MINI)] if part else None for part in batch)
-        made.step(queries, responses, scores)
+        try:
+            made.step(queries, responses, scores)
+        except RuntimeError:
+            (folder / "ended").touch()
+            raise
         if RANK == 1:
             what()
 
 
+def wait_for_the_end(folder: Path) -> None:
+    """Until process 0 has given up."""
+    while not (folder / "ended").exists():
+        time.sleep(0.1)
+
+
 FAILURES = {
     "failing_reward": failing_reward,
-    "dying": lambda folder: step_after(lambda: os._exit(9)),
-    "late_process": lambda folder: step_after(lambda: time.sleep(12)),
+    "dying": lambda folder: step_after(lambda: os._exit(9), 300.0, folder),
+    "late_process": lambda folder: step_after(lambda: wait_for_the_end(folder), 10.0, folder),
 }
 
 

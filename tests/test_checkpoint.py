@@ -113,6 +113,25 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and load_newest(tmp_path)[0].step == 1
 
 
+def test_a_read_only_folder_leaves_the_old_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, 1, PARTS, {})
+    tmp_path.chmod(0o500)
+    was_root = os.geteuid() == 0
+    if was_root:  # root may write anywhere; "nobody" may not
+        try:
+            os.seteuid(65534)
+        except OSError as error:
+            pytest.skip(f"root here can't become another user: {error}")
+    try:
+        with pytest.raises(CheckpointError, match="Permission denied.*Older checkpoints are untouched"):
+            save_checkpoint(tmp_path, 2, PARTS, {})
+    finally:
+        if was_root:
+            os.seteuid(0)
+        tmp_path.chmod(0o700)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and load_newest(tmp_path)[0].step == 1
+
+
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(CheckpointError, match="runs.*could not be written"):
@@ -138,9 +157,12 @@ def test_kill_9_at_random_moments_never_loses_a_finished_checkpoint(tmp_path):
     for _ in range(5):
         run = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         assert int(run.stdout.readline().split()[1]) >= finished
-        time.sleep(rng.uniform(0.005, 0.3))
+        began = time.monotonic()
+        printed = [int(run.stdout.readline()) for _ in range(2)]
+        # within the next writes, however long one takes here
+        time.sleep(rng.uniform(0.1, 1.5) * (time.monotonic() - began))
         run.send_signal(signal.SIGKILL)
-        printed = [int(line) for line in run.stdout.read().split("\n")[:-1] if line.isdigit()]
+        printed += [int(line) for line in run.stdout.read().split("\n")[:-1] if line.isdigit()]
         run.wait()
         finished = max([finished, *printed])
         found, reasons = load_newest(tmp_path)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -182,18 +181,21 @@ def test_a_full_disk_ends_the_run_and_loses_one_step(place):
     check("full", place)
 
 
-def test_checkpoints_that_take_long_come_less_often(tmp_path):
+def test_checkpoints_that_take_long_come_less_often(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from fastppo.cli.checkpoints import Checkpoints
+    from fastppo.cli import checkpoints
+
+    clock = [1000.0]
 
     def save_checkpoint(*_, **__):
-        time.sleep(0.01)
+        clock[0] += 1
 
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     trainer = SimpleNamespace(save_checkpoint=save_checkpoint, accelerator=SimpleNamespace(num_processes=1))
-    kept, written = Checkpoints(tmp_path), []
+    kept, written = checkpoints.Checkpoints(tmp_path), []
     for step in range(1, 9):
         kept.after_step(trainer, step, None, must=step == 8)
         written += [step] * (kept.saved == step)
-        time.sleep(0.06)
-    assert written[0] == 1 and written[-1] == 8 and 2 <= len(written) <= 5, written
+        clock[0] += 7  # seconds a step: a checkpoint of one second is due twenty seconds after the last, at 5 %
+    assert written == [1, 4, 7, 8]

@@ -28,7 +28,7 @@ LAUNCHES = {
     "fsdp2": (2, "fsdp2", CLASSIC + LATE + SUPERVISED),
     "fsdp4": (4, "fsdp2", FEW),
 }
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 600  # against hangs only: many processes share two cores
 
 
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -132,19 +132,18 @@ def test_accelerate_reads_the_example_configurations(path):
 
 
 def test_an_error_on_one_process_ends_all_with_its_words(tmp_path):
-    began = time.monotonic()
-    (zero, first), (one, second) = ends(start(2, str(tmp_path), "failing_reward"), 60)
-    assert zero and one and time.monotonic() - began < 45
+    (zero, first), (one, second) = ends(start(2, str(tmp_path), "failing_reward"), LIMIT_SECONDS)
+    assert zero and one, "both end long before the time-out of 1,800 s"
     assert "PeerFailure: process 1 failed in the reward: ValueError: no score for 'cat'" in first, first[-2000:]
     assert "ValueError: no score for 'cat'" in second and "PeerFailure" not in second
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
-    (zero, first), (one, _) = ends(start(2, str(tmp_path), "dying"), 60)
+    (zero, first), (one, _) = ends(start(2, str(tmp_path), "dying"), LIMIT_SECONDS)
     assert zero and one == 9 and "waiting for the other processes after the check of step()'s arguments failed" in first
 
 
 def test_a_process_that_is_late_ends_the_others_after_the_time_out(tmp_path):
-    (zero, first), (one, _) = ends(start(2, str(tmp_path), "late_process"), 60)
+    (zero, first), (one, _) = ends(start(2, str(tmp_path), "late_process"), LIMIT_SECONDS)
     assert zero and one, first[-2000:]
     assert "is later than the time-out (config.ddp_timeout)" in first and "Timed out" in first, first[-2000:]
