@@ -138,7 +138,7 @@ class SFTTrainer(PackedTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "labels", "seq_lengths"})
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+    def _next_batches(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step, and the number of labelled tokens in all of them."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)

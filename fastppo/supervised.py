@@ -1,7 +1,7 @@
 """What SFTTrainer and RewardTrainer share: model and tokenizer by name, adapters, tokenised datasets, metrics."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -156,6 +156,16 @@ class PackedTrainer(BaseTrainer):
         if self._mode == "eval" or args.logging_strategy == "epoch":
             return True
         return step % max(self.state.logging_steps, 1) == 0 or (step == 1 and args.logging_first_step)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step. None past max_steps: a run that goes on from its last checkpoint, in the
+        middle of an epoch, would take one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return self._next_batches(epoch_iterator, num_batches, device)
+
+    def _next_batches(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._packed.attention():  # the backward pass, too: checkpointed layers run again there

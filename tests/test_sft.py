@@ -109,6 +109,17 @@ def test_resume_gives_the_same_weights(tmp_path, lora):
     assert tokens[0] == tokens[1]
 
 
+def test_a_finished_run_takes_no_more_steps(tmp_path):
+    """Its last checkpoint is in the middle of an epoch: transformers alone would train on."""
+    options = dict(max_steps=3, save_strategy="steps", save_steps=1, lr_scheduler_type="constant", learning_rate=1e-2)
+    whole = trainer(tmp_path, rows("text"), per_device_train_batch_size=4, **options)
+    whole.train()
+    again = trainer(tmp_path, rows("text"), per_device_train_batch_size=4, **options)
+    again.train(resume_from_checkpoint="auto")
+    assert again.state.global_step == 3
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+
 def test_model_by_name_with_init_kwargs(tmp_path):
     from datasets import Dataset
 
