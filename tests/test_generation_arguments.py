@@ -188,3 +188,19 @@ def test_beams_go_to_model_generate_and_say_so_once(model, caplog):
             input_ids=prompt[None], num_beams=3, max_new_tokens=6, eos_token_id=None, pad_token_id=0
         )
         assert rollout.responses[i].tolist() == wanted[0, len(prompt) :].tolist()
+
+
+def test_padding_and_several_responses_as_model_generate_lays_them_out(model, free):
+    prompts = [make_prompts()[i] for i in (0, 3)]  # of one length: model.generate needs no padding either
+    eos = [free[0][4], free[3][7]]
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=96, num_return_sequences=1)
+    ids = torch.stack(prompts)
+    wanted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+    rollout = Generator(model).generate(prompts, **options)
+    assert torch.equal(rollout.tokens_BT, wanted)
+    assert torch.equal(rollout.tokens_BT[~rollout.mask_BT], torch.full_like(rollout.tokens_BT[~rollout.mask_BT], 96))
+    sampled = options | dict(
+        do_sample=True, top_k=1, num_return_sequences=3
+    )  # transformers refuses it for greedy search
+    doubled = Generator(model).generate(prompts, **sampled)
+    assert torch.equal(doubled.tokens_BT, wanted.repeat_interleave(3, dim=0))
