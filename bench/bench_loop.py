@@ -7,12 +7,13 @@ iteration of each side; printed are the medians, the ratio of the medians, and t
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,20 +29,33 @@ BF16 = {"mixed_precision": "bf16"}
 class Side:
     """A worker process that runs one iteration at a time: a line in, a line of JSON out."""
 
-    def __init__(self, name: str, python: str, package: str, spec: dict, worker: Sequence[str] = WORKER):
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        package: str,
+        spec: dict,
+        worker: Sequence[str] = WORKER,
+        variables: Mapping[str, str] | None = None,
+    ):
+        """variables: of the environment, over this process's own."""
         self.name, self.results = name, []
-        environment = dict(os.environ, PYTHONPATH=str(harness.ROOT))
+        environment = dict(os.environ, PYTHONPATH=str(harness.ROOT)) | dict(variables or {})
         environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         command = [python, *worker, package, json.dumps(spec)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment, text=True, **{**pipes, "stderr": subprocess.DEVNULL})
 
     def run(self, keep: bool) -> None:
-        try:
+        self.begin()
+        self.end(keep)
+
+    def begin(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # end() says so
             print(file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def end(self, keep: bool) -> None:
+        line = self.process.stdout.readline()
         if not line:
             raise SystemExit(
                 f"{self.name}: the worker ended; run it by hand: {' '.join(self.process.args)!r} < /dev/tty"

@@ -193,13 +193,19 @@ class PackedLearner:
             )
 
     def _step(self, group: list[list[int]], means: list[dict[str, float]]) -> None:
-        trainer = self.trainer
-        for parameter in trainer.model_params:
+        trainer, parameters = self.trainer, list(self.trainer.model_params)
+        ddp = self.kind == "ddp"  # the packed pass calls the module inside DDP, so that DDP's own hooks don't run
+        # an unused parameter keeps no gradient, as in torch: weight decay would move it
+        used = [parameter.grad is not None for parameter in parameters]
+        if ddp:
+            used = distributed.table(trainer.accelerator, used).any(0).tolist()
+        # every mini-batch dropped: TRL's step on zero gradients (Adam still moves by its momentum)
+        stepped = [p for p, it_is in zip(parameters, used, strict=True) if it_is or not any(used)]
+        for parameter in stepped:
             if parameter.grad is None:
-                # every mini-batch dropped: TRL's step on zero gradients (Adam still moves by its momentum)
                 parameter.grad = torch.zeros_like(parameter)
-        if self.kind == "ddp":  # the packed pass calls the module inside DDP, so that DDP's own hooks don't run
-            distributed.reduce_gradients(trainer.accelerator, trainer.model_params)
+        if ddp:
+            distributed.reduce_gradients(trainer.accelerator, stepped)
         done, self.grad_norm = apply_step(trainer, (group, means))
         if not done:
             self._forget()

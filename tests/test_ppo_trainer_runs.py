@@ -184,6 +184,17 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_result(caplog):
         assert stats[0][name] == pytest.approx(stats[1][name], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_parameter_without_gradient_does_not_decay(engine):
+    made = trainer(fastppo, {"lora": not engine})
+    unused = torch.nn.Parameter(torch.ones(3))
+    made.model.register_parameter("unused", unused)
+    made.model_params.append(unused)
+    made.optimizer = torch.optim.AdamW(made.model_params, lr=0.1, weight_decay=0.5)
+    made.step(*rollout(made))
+    assert unused.tolist() == [1.0, 1.0, 1.0]
+
+
 # --- trackers and saving ----------------------------------------------------------------------------------------------
 
 

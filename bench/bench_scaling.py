@@ -1,0 +1,90 @@
+"""Weak scaling on a CPU: the whole loop in one process with one thread, and in two over gloo (DDP) with one thread each.
+
+python bench/bench_scaling.py [--rounds 7] [--workload tiny] [--no-csv]
+Every process has its own batch, so that two do twice the work per step; ideal is twice the tokens per second. One and two
+processes take turns, an iteration each; the one that isn't asked waits on its standard input.
+"""
+
+import argparse
+import socket
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+from bench_loop import MODELS, Side
+
+
+def pair(spec: dict, processes: int = 2) -> list[Side]:
+    """The processes of one run, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(processes)} for r in range(processes)]
+    return [
+        Side(f"rank {r}", sys.executable, "fastppo", spec, variables=COMMON | world | own)
+        for r, own in enumerate(ranks)
+    ]
+
+
+COMMON = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+
+
+def iteration(sides: list[Side], keep: bool) -> None:
+    for side in sides:
+        side.begin()
+    for side in sides:
+        side.end(keep)
+
+
+def seconds(sides: list[Side], stage: str) -> float:
+    """Median over rounds of the slowest process."""
+    rounds = zip(*(side.results for side in sides), strict=True)
+    return statistics.median(max(result[stage] for result in results) for results in rounds)
+
+
+def rate(sides: list[Side]) -> float:
+    """Response tokens per second of all processes."""
+    rounds = zip(*(side.results for side in sides), strict=True)
+    return statistics.median(
+        sum(r["tokens"] for r in results) / max(r["gen_s"] + r["step_s"] for r in results) for results in rounds
+    )
+
+
+def main(argv: list[str] | None = None) -> float:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", default="tiny", choices=[n for x in MODELS for n in (x, f"{x}-ragged")])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--no-csv", dest="csv", action="store_false")
+    options = parser.parse_args(argv)
+    name, _, ragged = options.workload.partition("-")
+    spec = {"model": name, "batch": MODELS[name], "ragged": bool(ragged), "stage": "loop", "threads": 1}
+    spec["config"] = {"accelerator_kwargs": {"cpu": True}}
+    groups = {1: [Side("alone", sys.executable, "fastppo", spec, variables=COMMON)], 2: pair(spec)}
+    for round_ in range(options.warmup + options.rounds):
+        for sides in groups.values():
+            iteration(sides, keep=round_ >= options.warmup)
+    rows = []
+    for count, sides in groups.items():
+        for side in sides:
+            side.close()
+        stages = ", ".join(
+            f"{words} {seconds(sides, key):.3f} s" for words, key in (("generate", "gen_s"), ("step", "step_s"))
+        )
+        spent = sum(seconds(sides, key) for key in ("gen_s", "step_s"))
+        gain = rate(sides) / rate(groups[1])
+        note = (
+            f"{rate(sides):.1f} response tok/s of all processes; {stages}; one thread each; median of {options.rounds}"
+        )
+        variant = f"fastppo, {count} process{'es' * (count > 1)}"
+        rows.append({"variant": variant, "ms": f"{spent * 1e3:.1f}", "speedup": f"{gain:.2f}", "note": note})
+        if options.csv:
+            harness.write_row("bench_scaling", "cpu", shape=options.workload, dtype="float32", **rows[-1])
+    harness.print_table(f"bench_scaling {options.workload}", rows, ("variant", "ms", "speedup", "note"))
+    return gain
+
+
+if __name__ == "__main__":
+    main()
