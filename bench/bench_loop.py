@@ -168,7 +168,7 @@ def stories(options) -> None:
     options.rounds, options.warmup = options.steps, 0
     for seed in map(int, options.seeds.split(",")):
         spec = {"model": options.stories, "seed": seed, "threads": options.threads}
-        for side in measure(options, "bench_loop", f"stories260K seed {seed} {options.steps} steps", spec):
+        for side in measure(options, "bench_loop", f"stories260K seed {seed}", spec):
             rewards = [result["reward"] for result in side.results]
             seconds = [sum(result[key] for result in side.results) for key in ("gen_s", "step_s")]
             first, last = (statistics.mean(part) for part in (rewards[:5], rewards[-5:]))
