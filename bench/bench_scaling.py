@@ -1,6 +1,6 @@
 """Weak scaling on a CPU: the whole loop in one process with one thread, and in two over gloo (DDP) with one thread each.
 
-python bench/bench_scaling.py [--rounds 7] [--workload tiny] [--no-csv]
+python bench/bench_scaling.py [--rounds 7] [--workload tiny] [--mini-batch 4] [--no-csv]
 Every process has its own batch, so that two do twice the work per step; ideal is twice the tokens per second. One and two
 processes take turns, an iteration each; the one that isn't asked waits on its standard input.
 """
@@ -55,13 +55,14 @@ def rate(sides: list[Side]) -> float:
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="tiny", choices=[n for x in MODELS for n in (x, f"{x}-ragged")])
+    parser.add_argument("--mini-batch", type=int, default=4, help="sequences of a process between two reductions")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--no-csv", dest="csv", action="store_false")
     options = parser.parse_args(argv)
     name, _, ragged = options.workload.partition("-")
     spec = {"model": name, "batch": MODELS[name], "ragged": bool(ragged), "stage": "loop", "threads": 1}
-    spec["config"] = {"accelerator_kwargs": {"cpu": True}}
+    spec["config"] = {"accelerator_kwargs": {"cpu": True}, "mini_batch_size": options.mini_batch}
     groups = {1: [Side("alone", sys.executable, "fastppo", spec, variables=COMMON)], 2: pair(spec)}
     for round_ in range(options.warmup + options.rounds):
         for sides in groups.values():
@@ -78,11 +79,21 @@ def main(argv: list[str] | None = None) -> float:
         note = (
             f"{rate(sides):.1f} response tok/s of all processes; {stages}; one thread each; median of {options.rounds}"
         )
-        variant = f"fastppo, {count} process{'es' * (count > 1)}"
+        variant = "one process" if count == 1 else f"fastppo {count} processes"
         rows.append({"variant": variant, "ms": f"{spent * 1e3:.1f}", "speedup": f"{gain:.2f}", "note": note})
         if options.csv:
-            harness.write_row("bench_scaling", "cpu", shape=options.workload, dtype="float32", **rows[-1])
-    harness.print_table(f"bench_scaling {options.workload}", rows, ("variant", "ms", "speedup", "note"))
+            harness.write_row(
+                "bench_scaling",
+                "cpu",
+                shape=f"{options.workload}, mini-batch {options.mini_batch}",
+                dtype="float32",
+                **rows[-1],
+            )
+    harness.print_table(
+        f"bench_scaling {options.workload}, mini-batches of {options.mini_batch}",
+        rows,
+        ("variant", "ms", "speedup", "note"),
+    )
     return gain
 
 

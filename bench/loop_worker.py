@@ -63,7 +63,7 @@ class Synthetic:
         model, reference = (wrapper.from_pretrained(synthetic_model(spec["model"])) for _ in range(2))
         self.vocab = model.pretrained_model.config.vocab_size
         config = dict(seed=0, batch_size=spec["batch"], mini_batch_size=4, ppo_epochs=4, learning_rate=1e-5)
-        config = lib.PPOConfig(**config, **spec.get("config", {}))
+        config = lib.PPOConfig(**config | spec.get("config", {}))
         self.trainer = lib.PPOTrainer(config, model, reference, synthetic_tokenizer(self.vocab))
         self.rng = torch.Generator().manual_seed(1)
 

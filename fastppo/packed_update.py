@@ -66,6 +66,7 @@ class PackedLearner:
         self.hooked = self.kind not in ("single", "ddp")
         self.tolerance = tolerance
         self.mismatch: Mismatch | None = None
+        self.used: list[bool] | None = None  # parameters that had a gradient in the first group that had any
         self.grad_norm = float("nan")  # of the newest optimizer step, before clipping
 
     def learn(self, group: list[list[int]]) -> list[dict]:
@@ -196,11 +197,12 @@ class PackedLearner:
         trainer, parameters = self.trainer, list(self.trainer.model_params)
         ddp = self.kind == "ddp"  # the packed pass calls the module inside DDP, so that DDP's own hooks don't run
         # an unused parameter keeps no gradient, as in torch: weight decay would move it
-        used = [parameter.grad is not None for parameter in parameters]
-        if ddp:
-            used = distributed.table(trainer.accelerator, used).any(0).tolist()
-        # every mini-batch dropped: TRL's step on zero gradients (Adam still moves by its momentum)
-        stepped = [p for p, it_is in zip(parameters, used, strict=True) if it_is or not any(used)]
+        if self.used is None:
+            used = [parameter.grad is not None for parameter in parameters]
+            used = distributed.table(trainer.accelerator, used).any(0).tolist() if ddp else used
+            self.used = used if any(used) else None
+        # where every mini-batch is dropped: TRL's step on zero gradients (Adam still moves by its momentum)
+        stepped = [p for p, it_is in zip(parameters, self.used or [True] * len(parameters), strict=True) if it_is]
         for parameter in stepped:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
