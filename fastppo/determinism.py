@@ -26,6 +26,7 @@ ONE_SEQUENCE = 1
 
 
 def generator_options(config) -> dict[str, Any]:
+    """For a Generator: of the same bits whatever its batching, where config.deterministic."""
     return config.generation | {"batch_invariant": True} if config.deterministic else config.generation
 
 

@@ -169,6 +169,16 @@ def test_bf16_decode_weights_stay_close():
         Generator(model, decode_weights=torch.float16)
 
 
+@pytest.mark.parametrize(("weights", "programs"), [(torch.bfloat16, 1), (None, 0)])
+def test_autocast_decodes_on_a_program_of_its_own_type(weights, programs, monkeypatch):
+    model, made = tiny("llama", scale=0.5), []
+    real = fast_path.DecodeProgram
+    monkeypatch.setattr(fast_path, "DecodeProgram", lambda *args: made.append(args) or real(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = Generator(model, decode_weights=weights).generate([torch.tensor([5, 6, 7])], max_new_tokens=4)
+    assert len(made) == programs and rollout.mask_BT.sum() > 0
+
+
 def test_written_out_activations_become_one_operation():
     for name, kind, mode in (("gpt2", "unary", UNARY.index("gelu_tanh")), ("llama", "rms_norm", 0)):
         model = tiny(name)

@@ -331,7 +331,30 @@ def test_bf16_computes_near_fp32_with_fp32_weights():
         np.random.seed(0)
         stats.append(made.step(*batch()))
         assert all(p.dtype == torch.float32 for p in made.model.parameters())
+        wanted = torch.bfloat16 if precision == "bf16" else None
+        assert made._generator(made.model).decode_weights is wanted
     for name in ("objective/entropy", "ppo/policy/entropy", "ppo/loss/value"):
         assert stats[0][name] == pytest.approx(stats[1][name], rel=0.05)
     assert stats[0]["objective/entropy"] != stats[1]["objective/entropy"]
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_bf16_run_decodes_with_bf16_weights_within_the_allowed_mismatch():
+    """generation={"decode_weights": None} keeps float32, and so does deterministic=True."""
+    from accelerate.state import AcceleratorState
+
+    found = {}
+    for name, options in (
+        ("bf16", {}),
+        ("told", {"generation": {"decode_weights": None}}),
+        ("exact", {"deterministic": True}),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        made = trainer(fastppo, {}, mixed_precision="bf16", **options)
+        queries, _, scores, _ = batch()
+        responses = made.generate(queries, return_prompt=False, max_new_tokens=6, pad_token_id=0)
+        found[name] = made._generator(made.model).decode_weights, made.step(queries, responses, scores)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert [weights for weights, _ in found.values()] == [torch.bfloat16, None, None]
+    mismatch = found["bf16"][1]["fastppo/mismatch_mean"]
+    assert 0 < mismatch <= made.config.max_mismatch, mismatch

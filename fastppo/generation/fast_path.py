@@ -28,8 +28,10 @@ _TRACES: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDic
 
 def program_for(runner: ModelRunner, weights: torch.dtype | None) -> DecodeProgram | None:
     """A checked program with this rollout's weights, or None."""
-    if runner.device.type != "cpu" or torch.is_autocast_enabled("cpu") or runner.model.dtype == torch.float16:
+    if runner.device.type != "cpu" or runner.model.dtype == torch.float16:
         return None
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != weights:
+        return None  # the model's own modules multiply in autocast's type, the program in the weights'
     if _backend.missing("cpu", runner.device) or os.environ.get("FASTPPO_BACKEND", "cpu") != "cpu":
         return None
     programs, key = _TRACES.setdefault(runner.model, {}), _adapters(runner.model)

@@ -13,6 +13,7 @@ import torch
 
 from fastppo import determinism, distributed, experience, metrics, update
 from fastppo.core import PPODecorators, convert_to_scalar, set_seed, stack_dicts, stats_to_np
+from fastppo.rollout import decode_options
 from fastppo.score import NonFinite, check_finite, restore, shape_scores, snapshot
 from fastppo.trainer import checks, responses, setup, tracking
 from fastppo.trainer.base import BaseTrainer
@@ -126,7 +127,8 @@ class PPOTrainer(BaseTrainer):
         from fastppo.generation import Generator
 
         if id(model) not in self._generators:
-            options = determinism.generator_options(self.config)
+            precision = "no" if self.config.deterministic else self.accelerator.mixed_precision
+            options = decode_options(precision) | determinism.generator_options(self.config)
             self._generators[id(model)] = Generator(self.accelerator.unwrap_model(model), self.tokenizer, **options)
         return self._generators[id(model)]
 

@@ -29,6 +29,7 @@ from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.generation import Generator
 from fastppo.model_card import write_model_card
 from fastppo.models import create_reference_model
+from fastppo.rollout import decode_options
 from fastppo.run_folder import resolve
 from fastppo.score import NonFinite
 from fastppo.supervised import BaseTrainer, add_adapter
@@ -122,7 +123,8 @@ class PPOTrainer(BaseTrainer):
         shared = self.value_model is None
         self.value = learner.SharedValue(self.model, self.policy) if shared else learner.SeparateValue(self.value_model)
         self._wrapper = self.model
-        self.generator = Generator(self.model if shared else self.policy_model, self.tokenizer)
+        options = decode_options(self.accelerator.mixed_precision)
+        self.generator = Generator(self.model if shared else self.policy_model, self.tokenizer, **options)
         self.fused = None  # the models on the engine, made with the first update
         self.guard = Guard(args.on_nonfinite)
         self.micro_rows = args.per_device_train_batch_size
