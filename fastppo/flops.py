@@ -3,7 +3,8 @@
     forward of a token   2 * (matrix weights of the backbone) + 2 * layers * width * (position + 1)  [causal attention: q k and p v]
     head of a response token   2 V D           training   3 forwards (2 where the backbone is frozen, as with LoRA)
 
-Needed FLOPs only: no padding, no head at prompt tokens, nothing recomputed. Suffixes: V vocabulary, D hidden.
+Needed FLOPs only: no padding, nothing recomputed, at prompt tokens no head and, in models that the engine knows, none of the
+last block's matrices past its attention. Suffixes: V vocabulary, D hidden.
 """
 
 import functools
@@ -29,8 +30,11 @@ class Cost(NamedTuple):
 def cost(model, head) -> Cost:
     """model: a value-head model that can be packed; head: its Head."""
     from fastppo.attention import unwrap
+    from fastppo.engine.spec import read
     from fastppo.models.head import backbone
 
+    spec = read(model)
+    top = 0.0 if isinstance(spec, str) else 2.0 * sum(m.weight.numel() for m in spec.blocks[-1].past_attention)
     inner = unwrap(model)
     embeddings = {id(layer.weight) for layer in (inner.get_input_embeddings(), inner.get_output_embeddings())}
     matrices = [p for p in backbone(model).parameters() if p.dim() >= 2 and id(p) not in embeddings]
@@ -39,9 +43,9 @@ def cost(model, head) -> Cost:
         getattr(model, "is_peft_model", False)
     )
     return Cost(
-        token=2.0 * sum(p.numel() for p in matrices),
+        token=2.0 * sum(p.numel() for p in matrices) - top,
         token_position=4.0 * config.num_hidden_layers * config.hidden_size,
-        response=2.0 * head.weight_VD.numel(),
+        response=2.0 * head.weight_VD.numel() + top,
         trained=2.0 if frozen else 3.0,
     )
 

@@ -9,6 +9,7 @@ import torch
 from late_cases import prompts, trainer, words
 from sft_cases import make_model, make_tokenizer, sentences
 
+from fastppo.engine.spec import Spec
 from fastppo.experimental.ppo.prompts import PromptStream
 from fastppo.score import NonFinite
 
@@ -38,9 +39,13 @@ def test_reward_functions_get_texts_and_columns(tmp_path):
     assert weighted.state.log_history[0]["objective/scores"] == -0.5
 
 
-def test_reward_model_scores_as_its_own_forward(tmp_path):
+@pytest.mark.parametrize("engine", [True, False], ids=["engine", "modules"])
+def test_reward_model_scores_as_its_own_forward(tmp_path, engine):
     model = make_model("reward", 2)
+    if not engine:
+        model.score.register_forward_hook(lambda *_: None)  # what the engine does not run
     run = trainer(tmp_path, reward=model, stop_token="eos")
+    assert isinstance(run._rewards.sources[0]._engine.read(), Spec) is engine
     rollout = run.rollout([torch.tensor(row["input_ids"]) for row in prompts(5)], seed=0)
     scores, named = run.judge(rollout, {})
     for prompt, response, score in zip(rollout.prompts, rollout.responses, scores, strict=True):

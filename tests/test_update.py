@@ -117,14 +117,17 @@ def test_eval_mode_turns_dropout_off_but_leaves_checkpointing_on_and_restores():
 
 
 def test_flops_worked_by_hand():
-    """Llama of tiny_models: 2 layers of q 32x32, k and v 16x32, o 32x32, three 48x32; head 96x32; width 32."""
+    """Llama of tiny_models: 2 layers of q 32x32, k and v 16x32, o 32x32, three 48x32; head 96x32; width 32.
+
+    Past the last layer's attention only what predicts a response token goes on.
+    """
     import fastppo
     from fastppo import flops
 
     made = golden_cases.trainer(fastppo, {"model": "llama"})
     cost = flops.cost(made.model, made._path.head)
-    matrices = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32)
-    assert cost == flops.Cost(2.0 * matrices, 4.0 * 2 * 32, 2.0 * 96 * 32, 3.0)
+    qkv, past_attention = 32 * 32 + 2 * 16 * 32, 32 * 32 + 3 * 48 * 32
+    assert cost == flops.Cost(2.0 * (2 * qkv + past_attention), 4.0 * 2 * 32, 2.0 * (96 * 32 + past_attention), 3.0)
     assert cost.forward([3], [2]) == 3 * cost.token + 6 * cost.token_position + 2 * cost.response
     assert (
         flops.cost(*(lambda m: (m.model, m._path.head))(golden_cases.trainer(fastppo, {"lora": True}))).trained == 2.0

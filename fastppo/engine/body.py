@@ -3,6 +3,7 @@
     x = tokens[ids] + positions[places];  each block: x += out(attention(norm1(x)));  x += down(act(up(norm2(x))))
     hidden = norm(x) at the rows that the head reads
 
+Past the last block's attention only the rows that the head reads go on: prompts have no part in what follows.
 Kept for backward per block: x before both norms (float32), q k v, attention's output and log-sums, the MLP before its
 activation. Norms' outputs and activations are computed again on the way back, inside the kernels that run there anyway.
 Suffixes: N tokens of the pack (with padding rows of zeros at its end), R rows that the head reads, D hidden.
@@ -44,6 +45,7 @@ class _Layer:
     x2: Tensor
     stats2: Tensor
     pre: Tensor
+    at_R: Tensor | None  # of the last block: the rows that x2 and pre have
 
 
 @dataclass(eq=False)
@@ -52,6 +54,23 @@ class Tape:
     where: Where
     layers: list[_Layer]
     last: Normed
+
+
+class _Rows(NamedTuple):
+    """The rows that the head reads, and how many there are with padding."""
+
+    at_R: Tensor
+    count: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [N, K] at them, then zeros: [count, K]"""
+        picked = x.new_zeros(self.count, x.shape[1])
+        torch.index_select(x, 0, self.at_R, out=picked[: len(self.at_R)])
+        return picked
+
+    def spread(self, x: Tensor, rows: int) -> Tensor:
+        """of()'s transpose: [rows, K]"""
+        return x.new_zeros(rows, x.shape[1]).index_copy_(0, self.at_R, x[: len(self.at_R)])
 
 
 class Body:
@@ -68,14 +87,12 @@ class Body:
     def forward(self, inputs: Inputs, padded_rows: int, keep: bool) -> tuple[Tensor, Tape | None]:
         """(hidden [padded_rows, D] as T: the head's rows, then zeros or norms of zeros; what backward needs)."""
         x, where = self._embed(inputs), self._where(inputs)
-        layers, add = [], None
-        for block in self.spec.blocks:
-            x, add = self._block(block, x, add, where, layers if keep else None)
-        x_RD = x.new_zeros(padded_rows, x.shape[1])
-        R = len(inputs.at_R)
-        torch.index_select(x, 0, inputs.at_R, out=x_RD[:R])
-        x_RD[:R] += add.index_select(0, inputs.at_R)
-        last = kernels.norm(x_RD, None, self.spec.norm, self.dtype)
+        layers, add = [] if keep else None, None
+        *blocks, top = self.spec.blocks
+        for block in blocks:
+            x, add = self._block(block, x, add, where, layers)
+        x_RD, add = self._block(top, x, add, where, layers, _Rows(inputs.at_R, padded_rows))
+        last = kernels.norm(x_RD, add, self.spec.norm, self.dtype)
         return last.y_ND, Tape(inputs, where, layers, last) if keep else None
 
     def _embed(self, inputs: Inputs) -> Tensor:
@@ -94,17 +111,21 @@ class Body:
         cos, sin = self.spec.rotary(self.spec.tokens_VD[:1], inputs.places_N[None])
         return Where(inputs.cu_seqlens, *(x[0].float().contiguous() for x in (cos, sin)))
 
-    def _block(self, block: Block, x: Tensor, add: Tensor | None, where: Where, layers: list | None):
+    def _block(
+        self, block: Block, x: Tensor, add: Tensor | None, where: Where, layers: list | None, rows: _Rows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x, what the MLP adds to it), of `rows` where they are given."""
         first = kernels.norm(x, add, block.norm1, self.dtype)
         qkv = self.weights.of(block.qkv).forward(first.y_ND)
         rotated, head_stats = self._norm_heads(block, qkv)
         out, lse = kernels.attention(rotated, where, block.heads)
-        second = kernels.norm(first.x_ND, self.weights.of([block.out]).forward(out), block.norm2, self.dtype)
+        x, read = (first.x_ND, out) if rows is None else (rows.of(first.x_ND), rows.of(out))
+        second = kernels.norm(x, self.weights.of([block.out]).forward(read), block.norm2, self.dtype)
         pre = self.weights.of(block.up).forward(second.y_ND)
         add = self.weights.of([block.down]).forward(kernels.activation(pre, block.activation))
         if layers is not None:
             kept = (first.x_ND, first.stats_N2, qkv, rotated, head_stats, out, lse, second.x_ND, second.stats_N2, pre)
-            layers.append(_Layer(*kept))
+            layers.append(_Layer(*kept, None if rows is None else rows.at_R))
         return second.x_ND, add
 
     def _norm_heads(self, block: Block, qkv: Tensor):
@@ -123,25 +144,22 @@ class Body:
     @torch.no_grad()
     def backward(self, tape: Tape, dhidden_RD: Tensor) -> None:
         """Add the gradients of the parameters for dloss/dhidden (as T; zero in padding rows). The tape is used up."""
-        inputs, last = tape.inputs, tape.last
-        dx_RD = torch.empty_like(last.x_ND)
-        grads = self._norm_gradients(self.spec.norm)
-        kernels.norm_backward(
-            dhidden_RD, last.x_ND, last.stats_N2, self.spec.norm, dx_RD, grads, fresh=True, again=False
-        )
-        dres = dx_RD.new_zeros(inputs.rows, dx_RD.shape[1])
-        dres.index_copy_(0, inputs.at_R, dx_RD[: len(inputs.at_R)])
-        dy = dres if self.dtype == torch.float32 else dres.to(self.dtype)
+        last = tape.last
+        dres = torch.empty_like(last.x_ND)
+        into = (dres, self._norm_gradients(self.spec.norm))
+        f = self.spec.norm
+        dy, _ = kernels.norm_backward(dhidden_RD, last.x_ND, last.stats_N2, f, *into, fresh=True, again=False)
         for block in reversed(self.spec.blocks):
-            dy = self._block_backward(block, tape.layers.pop(), tape.where, dres, dy)
-        self._embed_backward(inputs, dres)
+            dres, dy = self._block_backward(block, tape.layers.pop(), tape.where, dres, dy)
+        self._embed_backward(tape.inputs, dres)
 
     def _norm_gradients(self, f) -> NormGradients:
         weight, add = self.gradients.target(f.weight_D)
         bias, _ = self.gradients.target(f.bias_D)
         return NormGradients(weight, bias, add)
 
-    def _block_backward(self, block: Block, kept: _Layer, where: Where, dres: Tensor, dy: Tensor) -> Tensor:
+    def _block_backward(self, block: Block, kept: _Layer, where: Where, dres: Tensor, dy: Tensor):
+        """(dloss/dx in float32, the same as T)."""
         of = self.weights.of
         dact = of([block.down]).backward(dy)
         dpre, act = kernels.activation_backward(kept.pre, dact, block.activation)
@@ -149,13 +167,18 @@ class Body:
         dy, y = self._norm_backward(of(block.up).backward(dpre), kept.x2, kept.stats2, block.norm2, dres)
         self._matrix_gradients(block.up, y, dpre)
         dout = of([block.out]).backward(dy)
-        self._matrix_gradients([block.out], kept.out, dy)
+        if kept.at_R is None:
+            read = kept.out
+        else:
+            rows = _Rows(kept.at_R, len(dy))
+            read, dout, dres = rows.of(kept.out), rows.spread(dout, len(kept.out)), rows.spread(dres, len(kept.out))
+        self._matrix_gradients([block.out], read, dy)
         dqkv = kernels.attention_backward(dout, kept.rotated, kept.out, kept.lse, where, block.heads)
         if block.head_norms is not None:
             self._heads_backward(block, kept, dqkv)
         dy, y = self._norm_backward(of(block.qkv).backward(dqkv), kept.x1, kept.stats1, block.norm1, dres)
         self._matrix_gradients(block.qkv, y, dqkv)
-        return dy
+        return dres, dy
 
     def _norm_backward(self, dy, x, stats, f, dres):
         return kernels.norm_backward(dy, x, stats, f, dres, self._norm_gradients(f))

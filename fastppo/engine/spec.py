@@ -35,6 +35,10 @@ class Block:
     activation: int
     head_norms: tuple[Norm, Norm] | None = None  # of each query and key head (Qwen3)
 
+    @property
+    def past_attention(self) -> list[Matrix]:
+        return [self.out, *self.up, self.down]
+
 
 @dataclass(eq=False)
 class Spec:

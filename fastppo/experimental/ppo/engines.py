@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from fastppo import packed
+from fastppo.attention import unwrap
 from fastppo.engine import Engine, engine_for
-from fastppo.engine.body import Body
+from fastppo.engine.body import Body, Inputs
 from fastppo.engine.engine import PROBE_TOLERANCE, inputs_of, probe
-from fastppo.engine.spec import read
+from fastppo.engine.spec import Spec, read
 from fastppo.experimental.ppo.learner import Reader
+from fastppo.kernels._backend import extension
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
 from fastppo.models.head import output_head
 
@@ -27,19 +29,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SeparateValues:
-    """A value model with a backbone of its own as Engine's value_head: forward(pack), then values, then backward()."""
+class Classifier:
+    """Scores of a sequence classifier on the engine, its live parameters. read() first: the model may have changed."""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._body: Body | None = None
+        self._probed: str | None = None  # why the engine does not compute this model, "" where it does
 
-    def spec(self):
-        return read(self.model)
+    def read(self) -> Spec | str:
+        """What the engine computes with, or why it can't."""
+        spec = extension() if isinstance(extension(), str) else read(self.model)
+        if isinstance(spec, str):
+            return spec
+        if self._probed is None:
+            close = probe(self.model, spec) <= PROBE_TOLERANCE
+            self._probed = (
+                "" if close else f"the hidden states of {type(self.model).__name__} differ from its own modules'"
+            )
+        return self._probed or spec
+
+    @torch.no_grad()
+    def score(self, spec: Spec, inputs: Inputs) -> torch.Tensor:
+        """[R]"""
+        hidden_RD, _ = Body(spec, torch.float32, train=False).forward(inputs, len(inputs.at_R), keep=False)
+        return unwrap(self.model).score(hidden_RD)[:, 0]
+
+
+class SeparateValues(Classifier):
+    """A value model with a backbone of its own as Engine's value_head: forward(pack), then values, then backward()."""
+
+    _body: Body | None = None
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
-        self._body = Body(self.spec(), torch.float32, train=True)
+        self._body = Body(self.read(), torch.float32, train=True)
         try:
             yield
         finally:
@@ -59,12 +82,9 @@ class SeparateValues:
     def backward(self) -> None:
         self._body.backward(self._tape, self._leaf_RD.grad)
 
-    @torch.no_grad()
-    def score(self, pack: packed.Pack) -> torch.Tensor:
+    def score_pack(self, pack: packed.Pack) -> torch.Tensor:
         """[R]"""
-        body = Body(self.spec(), torch.float32, train=False)
-        hidden_RD, _ = body.forward(inputs_of(pack, 1), len(pack.at_R), keep=False)
-        return self.model.score(hidden_RD)[:, 0]
+        return self.score(self.read(), inputs_of(pack, 1))
 
 
 class Fused:
@@ -75,7 +95,7 @@ class Fused:
 
     def still_fits(self) -> bool:
         fits = self.policy.still_fits() and self.reference.still_fits()
-        return fits and (self.separate is None or not isinstance(self.separate.spec(), str))
+        return fits and (self.separate is None or not isinstance(self.separate.read(), str))
 
     @contextlib.contextmanager
     def started(self) -> Iterator["Fused"]:
@@ -112,12 +132,8 @@ def fused_for(trainer: "PPOTrainer") -> Fused | str:
     made = engine_for(policy, output_head(policy), value_head, trainer._score_temperature)
     if isinstance(made, str):
         return made
-    if separate is not None:
-        spec = separate.spec()
-        if isinstance(spec, str):
-            return spec
-        if not probe(trainer.value_model, spec) <= PROBE_TOLERANCE:
-            return "the value model's hidden states differ from its own modules'"
+    if separate is not None and isinstance(why := separate.read(), str):
+        return why
     if trainer.reference is None:
         return "the reference is the policy's own model"
     model = trainer.reference.packed.model
@@ -142,7 +158,7 @@ def readers(trainer: "PPOTrainer") -> tuple[Reader, Reader, Reader]:
     value = Reader(trainer.value, trainer.value.packed.attention)
     if fused := fused_of(trainer):
         policy, reference = (Reader(partial(_logprob, engine)) for engine in (fused.policy, fused.reference))
-        return policy, reference, value if fused.separate is None else Reader(fused.separate.score)
+        return policy, reference, value if fused.separate is None else Reader(fused.separate.score_pack)
     policy, reference = (
         Reader(partial(scored.logprob, temperature=trainer._score_temperature), scored.packed.attention)
         for scored in (trainer.policy, trainer.reference or trainer.policy)

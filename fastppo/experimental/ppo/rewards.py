@@ -3,6 +3,7 @@
 Suffixes: B sequences, L prompt + response tokens.
 """
 
+import contextlib
 import inspect
 import json
 import time
@@ -14,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastppo.engine.body import Inputs
+from fastppo.engine.spec import Spec
+from fastppo.experimental.ppo.engines import Classifier
 from fastppo.experimental.ppo.models import check_scorer
 from fastppo.packed_model import PackedModel
-from fastppo.packing import pack
+from fastppo.packing import PackedBatch, pack
 from fastppo.reward import last_tokens
 from fastppo.score import as_scores
 
@@ -81,24 +85,31 @@ class ModelReward:
     def __init__(self, model: nn.Module, chunk: int):
         check_scorer(model, "reward_model")
         self.name, self.model, self.chunk = type(model).__name__, model.eval(), chunk
-        self._packed = PackedModel(model)
+        self._packed, self._engine = PackedModel(model), Classifier(model)
 
     @torch.no_grad()
     def __call__(self, judged: Judged) -> torch.Tensor:
-        packed = self._packed
-        device, pad = next(self.model.parameters()).device, packed.inner.config.pad_token_id
-        scores = []
-        with packed.attention():
-            for tokens_BL, mask_BL in zip(
-                judged.tokens_BL.split(self.chunk), judged.mask_BL.split(self.chunk), strict=True
-            ):
+        scores, parts = [], (judged.tokens_BL.split(self.chunk), judged.mask_BL.split(self.chunk))
+        device, pad = next(self.model.parameters()).device, self._packed.inner.config.pad_token_id
+        spec = "autocast" if torch.is_autocast_enabled(device.type) else self._engine.read()
+        with self._packed.attention() if isinstance(spec, str) else contextlib.nullcontext():
+            for tokens_BL, mask_BL in zip(*parts, strict=True):
                 tokens_BL, mask_BL = tokens_BL.to(device), mask_BL.to(device)
                 batch = pack(tokens_BL, mask_BL)
                 is_last_BL = torch.zeros_like(batch.kept_BT)
                 is_last_BL.scatter_(1, last_tokens(tokens_BL, mask_BL, pad)[:, None], True)
-                hidden_BD = packed.hidden(tokens_BL, batch)[batch.pick(is_last_BL)]
-                scores.append(packed.inner.score(hidden_BD)[:, 0].float().cpu())
+                at_B = batch.pick(is_last_BL).nonzero()[:, 0]
+                scores.append(self._scores(spec, tokens_BL, batch, at_B).float().cpu())
         return torch.cat(scores)
+
+    def _scores(
+        self, spec: Spec | str, tokens_BL: torch.Tensor, batch: PackedBatch, at_B: torch.Tensor
+    ) -> torch.Tensor:
+        """[B], of the hidden states at_B: on the engine, or where that does not know the model on its own modules."""
+        if isinstance(spec, str):
+            return self._packed.inner.score(self._packed.hidden(tokens_BL, batch)[at_B])[:, 0]
+        tokens_N, places_N = batch.tokens_1N[0], batch.positions_1N[0]
+        return self._engine.score(spec, Inputs(tokens_N, places_N, batch.cu_seqlens, at_B, len(tokens_N)))
 
 
 class FunctionReward:
