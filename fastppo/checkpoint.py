@@ -18,16 +18,14 @@ from typing import Any
 
 import torch
 
+from fastppo.disk import CheckpointError, read_file, read_json, set_aside, sync_folder, told_as_checkpoint_error
+
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _PART = r"[a-z_]+"
-_TEMPORARY, _ASIDE = ".writing-", "set-aside-"
+_TEMPORARY = ".writing-"
 
 Parts = Mapping[str, Mapping[str, torch.Tensor]]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or that must not be loaded; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping
     """Write checkpoint `step` into `folder`, keep the newest `keep`, return the new checkpoint's path.
 
     Checkpoints of later steps belong to a course of the run that was left (it was resumed from an older one): they get
-    `set-aside-` before their names, so that nothing resumes from them.   Raises CheckpointError when the disk is full, the folder cannot be written, or a value is no JSON; older
+    `set-aside-` before their names, so that nothing resumes from them. Raises CheckpointError when the disk is full, the folder cannot be written, or a value is no JSON; older
     checkpoints are then untouched.
     """
     if keep < 1:
@@ -53,25 +51,19 @@ def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping
     folder = Path(folder)
     target = folder / f"step-{step:08d}"
     temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        temporary.mkdir()
-        _write_files(temporary, step, parts, values)
-        for name in (name for name in _complete_names(folder) if _step(name) >= step):
-            shutil.rmtree(folder / f"{_ASIDE}{name}", ignore_errors=True)
-            os.rename(folder / name, folder / f"{_ASIDE}{name}")
-        os.rename(temporary, target)
-        _sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint {target} could not be written: {error.strerror or error}. "
-            "Older checkpoints are untouched; free space or choose another output folder."
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with told_as_checkpoint_error(target):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder)
+            temporary.mkdir()
+            _write_files(temporary, step, parts, values)
+            for name in (name for name in _complete_names(folder) if _step(name) >= step):
+                set_aside(folder / name)
+            os.rename(temporary, target)
+            sync_folder(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     for old in sorted(_complete_names(folder), key=_step)[:-keep]:
         shutil.rmtree(folder / old, ignore_errors=True)
     return target
@@ -105,14 +97,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     from safetensors.torch import load
 
     path = Path(path)
-    manifest = _read_json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {manifest.get('format_version')!r}, this fastppo reads {FORMAT_VERSION}"
         )
     contents = {}
     for name, wanted in _entries(path, manifest).items():
-        contents[name] = _read_file(path / name)
+        contents[name] = read_file(path / name)
         found = hashlib.sha256(contents[name]).hexdigest()
         if len(contents[name]) != wanted["bytes"] or found != wanted["sha256"]:
             raise CheckpointError(
@@ -232,17 +224,7 @@ def _write_files(folder: Path, step: int, parts: Parts, values: Mapping[str, Any
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder)
 
 
 def _complete_names(folder: Path) -> list[str]:
@@ -262,23 +244,6 @@ def _remove_leftovers(folder: Path) -> None:
             if pid != os.getpid():
                 continue
         shutil.rmtree(entry, ignore_errors=True)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(_read_file(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise CheckpointError(f"{path}: a JSON object was wanted, got {type(read).__name__}")
-    return read
 
 
 def _entries(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

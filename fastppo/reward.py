@@ -40,6 +40,7 @@ class RewardTrainer(PackedTrainer):
     max_length are dropped.
     """
 
+    checkpoint_kind = "reward"
     loss_is_scaled_for_ga = False  # a mean over the micro-batch: the Trainer divides by their number
 
     def __init__(

@@ -79,6 +79,7 @@ class SFTTrainer(PackedTrainer):
     `input_ids` (then `labels`, `completion_mask` or `assistant_masks` say which tokens count).
     """
 
+    checkpoint_kind = "sft"
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
 
     def __init__(

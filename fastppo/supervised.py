@@ -1,7 +1,7 @@
 """What SFTTrainer and RewardTrainer share: model and tokenizer by name, adapters, tokenised datasets, metrics."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from fastppo.adam import in_one_call
 from fastppo.chat import load_chat_template, set_special_tokens
 from fastppo.packed_model import PackedModel
 from fastppo.run_folder import resolve
+from fastppo.trainer_checkpoints import SafeCheckpoints
 from fastppo.training_args import SupervisedConfig, adopt
 
 
@@ -124,8 +125,13 @@ class MeanMetrics:
         return means
 
 
-class BaseTrainer(Trainer):
-    """transformers.Trainer whose AdamW steps in one call on a CPU."""
+class BaseTrainer(SafeCheckpoints, Trainer):
+    """transformers.Trainer whose AdamW steps in one call on a CPU, with checkpoints without pickles.
+
+    passed_over: why `train` took an older checkpoint than the newest to go on from.
+    """
+
+    passed_over: Sequence[str] = ()
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[type, dict]:
@@ -145,7 +151,8 @@ class PackedTrainer(BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trainer.train; resume_from_checkpoint may also be "auto": the newest whole checkpoint, if there is any."""
-        return super().train(resolve(self.args.output_dir, resume_from_checkpoint), **kwargs)
+        checkpoint, self.passed_over = resolve(self.args.output_dir, resume_from_checkpoint, self.accelerator)
+        return super().train(checkpoint, **kwargs)
 
     @property
     def _mode(self) -> str:

@@ -27,22 +27,15 @@ from pathlib import Path
 
 import torch
 import yaml
-from datasets import Dataset
+from saving_cases import COMMON, build
 from sft_cases import make_model, make_tokenizer, rows
 from tqdm import tqdm
 
-from fastppo import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from fastppo.cli import main as command
-from fastppo.experimental.ppo import PPOConfig, PPOTrainer
 
 CLASSIC_STEPS = 12
 # what a run tells Python's audit hooks about files; writing through torch shows in the renames and lists around it
 ON_DISK = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
-
-COMMON = dict(
-    use_cpu=True, report_to="none", save_strategy="steps", save_steps=1, save_total_limit=2, disable_tqdm=True
-)
-COMMON |= dict(per_device_train_batch_size=4, learning_rate=1e-2, seed=7)
 
 STAGES = {
     "sft": {"max_steps": 6, "gradient_accumulation_steps": 2},
@@ -62,25 +55,7 @@ tqdm.set_lock(threading.RLock())
 LONGEST = 600  # seconds for a run: one that hangs ends
 
 
-def words(prompts, completions):
-    return [float(len(set(text.split()))) for text in completions]
-
-
 # --- scripts ----------------------------------------------------------------------------------------------------------
-
-
-def build(kind: str, folder: str):
-    if kind == "ppo":
-        data = Dataset.from_list([{"text": row["text"]} for row in rows("text")])
-        options = dict(total_episodes=40, response_length=5, num_sample_generations=0, num_mini_batches=2)
-        args = PPOConfig(output_dir=folder, **COMMON, **options)
-        models = dict(model=make_model(), ref_model=None, reward_model=words, value_model=make_model("reward", 1))
-        return PPOTrainer(args=args, processing_class=make_tokenizer(), train_dataset=data, **models)
-    config, trainer = (SFTConfig, SFTTrainer) if kind == "sft" else (RewardConfig, RewardTrainer)
-    args = config(output_dir=folder, max_steps=12, gradient_accumulation_steps=2, **COMMON)
-    model = make_model("causal" if kind == "sft" else "reward")
-    data = Dataset.from_list(rows("text" if kind == "sft" else "pairs"))
-    return trainer(model=model, args=args, train_dataset=data, processing_class=make_tokenizer())
 
 
 class Classic:

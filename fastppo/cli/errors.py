@@ -22,9 +22,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"{hint} There is: {', '.join(names) or 'nothing'}."
 
 
-def disk_error(path: object, error: Exception) -> UserError:
-    """An OSError on the output folder, with what to do about it."""
-    why = getattr(error, "strerror", None) or str(error)
+def disk_error(path: object, why: str) -> UserError:
+    """What the disk refused in the output folder, with what to do about it."""
     return UserError(
         f"cannot write {path}: {why}. Free some space, make the folder writable, or choose another --output-dir."
     )

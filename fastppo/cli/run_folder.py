@@ -16,6 +16,7 @@ import yaml
 
 from fastppo.cli.errors import UserError, disk_error
 from fastppo.cli.loop import Outcome, Sample, Step
+from fastppo.disk import disk_trouble
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -24,16 +25,14 @@ CHECKPOINTS = "checkpoints"
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what a full disk or a read-only folder raises into a message."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except OSError as error:
-        raise disk_error(path, error) from error
-    except SafetensorError as error:
-        if "I/O error" not in str(error) and "os error" not in str(error):
+    except UserError:
+        raise
+    except Exception as error:
+        if (why := disk_trouble(error)) is None:
             raise
-        raise disk_error(path, error) from error
+        raise disk_error(path, why) from error
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from fastppo.cli.screen import Screen
 from fastppo.cli.session import quiet_libraries
 from fastppo.cli.stage_folder import CURVES, SAMPLES, StageFolder
 from fastppo.cli.stage_options import Given, Stage
+from fastppo.disk import CheckpointError
 from fastppo.run_folder import checkpoints
 
 STOPPING = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
@@ -24,13 +25,19 @@ STOPPING = "Stopping after this step, with a checkpoint. Ctrl-C again stops at o
 class Recorder(TrainerCallback):
     """Writes and shows every log line, and turns the first Ctrl-C into a checkpoint and a stop."""
 
-    def __init__(self, folder: StageFolder, screen: Screen, interrupts: Interrupts, phases: Phases):
-        self.folder, self.screen, self.interrupts, self.phases = folder, screen, interrupts, phases
+    def __init__(self, folder: StageFolder, screen: Screen, interrupts: Interrupts, trainer: Any):
+        self.folder, self.screen, self.interrupts, self.trainer = folder, screen, interrupts, trainer
+        self.phases = Phases(trainer)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.screen.total, self.screen.before = state.max_steps, state.global_step
-        if state.is_world_process_zero:
-            self.folder.start_metrics(state.log_history)
+        if not state.is_world_process_zero:
+            return
+        for reason in self.trainer.passed_over:
+            self.screen.say(f"Passed over a checkpoint: {reason}")
+        if state.global_step:
+            self.screen.say(f"Going on after step {state.global_step}")
+        self.folder.start_metrics(state.log_history)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.phases.start()
@@ -126,7 +133,7 @@ def train_and_save(stage: Stage, trainer: Any, folder: StageFolder) -> tuple[int
     if stage.probe and is_main and not (folder.path / SAMPLES).is_file():
         folder.write_json(SAMPLES, {"before": stage.probe(trainer)})
     with Interrupts(screen.notice, STOPPING) as interrupts:
-        trainer.add_callback(Recorder(folder, screen, interrupts, Phases(trainer)))
+        trainer.add_callback(Recorder(folder, screen, interrupts, trainer))
         with screen if is_main else contextlib.nullcontext():
             try:
                 trainer.train(resume_from_checkpoint="auto")
@@ -136,6 +143,8 @@ def train_and_save(stage: Stage, trainer: Any, folder: StageFolder) -> tuple[int
                 interrupts.asked = True
             except FloatingPointError as error:
                 raise UserError(f"training diverged: {error}. Lower the learning rate.") from error
+            except CheckpointError as error:
+                raise UserError(f"{error} The same command goes on from the last checkpoint.") from error
             finally:
                 if is_main:
                     folder.write_curves(title, stage.panels, stage.step_name)

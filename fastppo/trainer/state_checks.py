@@ -119,9 +119,9 @@ def check_random(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any])
         ckpt.set_rng_state(*before)
 
 
-def _plain(value):
-    """As it comes back from JSON."""
-    return list(value) if isinstance(value, tuple) else value
+def _sort(value) -> type:
+    """Its type as it comes back from JSON; a whole number may stand for any."""
+    return float if _is_number(value) else list if isinstance(value, tuple) else type(value)
 
 
 def check_optimizer(trainer, saved: Checkpoint, optimizer: Mapping[str, Any]) -> None:
@@ -134,7 +134,7 @@ def check_optimizer(trainer, saved: Checkpoint, optimizer: Mapping[str, Any]) ->
             f"{saved.path}: the saved optimizer has groups of {groups[0]} parameters, this run's {groups[1]}: build it alike"
         )
     for then, now in zip(optimizer["param_groups"], trainer.optimizer.state_dict()["param_groups"], strict=True):
-        wrong = [n for n in now if n not in then or type(then[n]) is not type(_plain(now[n]))]
+        wrong = [n for n in now if n not in then or _sort(then[n]) is not _sort(now[n])]
         if wrong or then["params"] != now["params"]:
             raise CheckpointError(
                 f"{saved.path}: the optimizer's setting {(wrong or ['params'])[0]!r} is missing or not what {has} has"
@@ -158,9 +158,13 @@ def tell_changes(trainer, saved: Checkpoint) -> None:
     if names:
         told = ", ".join(f"{name} {then[name]!r} -> {now[name]!r}" for name in names)
         logger.warning("resuming with changed settings: %s (learning rates come from the checkpoint)", told)
-    if saved.values["threads"] != torch.get_num_threads():
+    tell_threads(saved.values["threads"])
+
+
+def tell_threads(then: int) -> None:
+    if then != torch.get_num_threads():
         logger.warning(
             "resuming with %d threads, saved with %d: rounding will differ from an uninterrupted run's",
             torch.get_num_threads(),
-            saved.values["threads"],
+            then,
         )

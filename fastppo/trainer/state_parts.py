@@ -75,7 +75,12 @@ def random_state(trainer) -> tuple[dict[str, torch.Tensor], list[Any]]:
     generator = getattr(getattr(trainer.dataloader, "_sampler", None), "generator", None)
     if generator is not None:
         tensors["sampler"] = generator.get_state()
-    if trainer.accelerator.num_processes == 1:
+    return everyones_random_state(trainer.accelerator, tensors, values)
+
+
+def everyones_random_state(accelerator, tensors, values) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """rng_state() of every process: (tensors by "<process>.<name>", JSON values per process)."""
+    if accelerator.num_processes == 1:
         return {f"0.{name}": tensor for name, tensor in tensors.items()}, [values]
     from accelerate.utils import gather_object
 

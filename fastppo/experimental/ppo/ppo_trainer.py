@@ -49,6 +49,7 @@ class PPOTrainer(BaseTrainer):
     columns go to reward functions.
     """
 
+    checkpoint_kind = "late-ppo"
     _tag_names = ("fastppo", "ppo")
     _name = "PPO"
 
@@ -209,7 +210,7 @@ class PPOTrainer(BaseTrainer):
         self._start_state()
         self.create_optimizer()
         self.create_scheduler(num_training_steps=args.num_total_batches, optimizer=self.optimizer)
-        checkpoint = resolve(args.output_dir, resume_from_checkpoint)
+        checkpoint, self.passed_over = resolve(args.output_dir, resume_from_checkpoint, self.accelerator)
         if checkpoint:
             saving.load_weights(self, Path(checkpoint))
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -222,7 +223,10 @@ class PPOTrainer(BaseTrainer):
         started, episodes = time.time(), self.state.episode
         self.stream.first = self.state.global_step
         self.model.train()
-        for batch in self.dataloader:
+        batches = iter(self.dataloader)  # draws a seed
+        if checkpoint:
+            saving.load_random(self, Path(checkpoint))
+        for batch in batches:
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             logs = self.update(batch)
             self.state.global_step += 1

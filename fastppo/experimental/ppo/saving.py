@@ -1,19 +1,20 @@
 """What the late trainer writes and reads back: the policy alone, and checkpoints to go on from."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fastppo import distributed, sharded_optimizer
+from fastppo import distributed, trainer_checkpoints
+from fastppo.disk import CheckpointError
 from fastppo.experimental.ppo.state import OnlineTrainerState
-from fastppo.run_folder import remove_old, whole_or_nothing
+from fastppo.trainer_checkpoints import RESUME, STATE
 
 if TYPE_CHECKING:
     from fastppo.experimental.ppo.ppo_trainer import PPOTrainer
 
-VALUE_FILE, RESUME_FILE, STATE_FILE = "value.safetensors", "resume.pt", "trainer_state.json"
+VALUE = "value"
 
 
 def policy_state(trainer: "PPOTrainer") -> dict | None:
@@ -23,74 +24,56 @@ def policy_state(trainer: "PPOTrainer") -> dict | None:
 
 def save_checkpoint(trainer: "PPOTrainer") -> None:
     """`checkpoint-<step>` in args.output_dir, whole or not there; every process must call it."""
-    args, folder = trainer.args, Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    resume, state = collect_resume(trainer), policy_state(trainer)
-    if args.should_save:
-        with whole_or_nothing(folder) as temporary:
-            trainer._write_model(str(temporary), True, state)
-            trainer.create_model_card(folder=temporary)
-            save_resume(trainer, temporary, resume)
-        remove_old(args.output_dir, args.save_total_limit)
-        if args.push_to_hub:
-            trainer._push_from_checkpoint(str(folder))
-    trainer.accelerator.wait_for_everyone()
+    value, state = value_tensors(trainer), policy_state(trainer)
+
+    def write_policy(folder: Path) -> None:
+        trainer._write_model(str(folder), True, state)
+        trainer.create_model_card(folder=folder)
+
+    more = {"micro_rows": trainer.micro_rows}
+    trainer_checkpoints.save(trainer, trainer._wrapper, write_policy, {VALUE: value}, more)
 
 
-class Resume(NamedTuple):
-    """What a policy's folder lacks, with whole tensors. value: parameters of the value function by name."""
-
-    value: dict[str, torch.Tensor]
-    optimizer: dict
-
-
-def collect_resume(trainer: "PPOTrainer") -> Resume:
-    """Every process takes part: sharded tensors are gathered."""
+def value_tensors(trainer: "PPOTrainer") -> dict[str, torch.Tensor]:
+    """Parameters of the value function by name, whole; every process must call it."""
     policy = {id(x) for x in trainer.policy_model.parameters()}
     value = {name: x for name, x in trainer._wrapper.named_parameters(remove_duplicate=True) if id(x) not in policy}
-    value = {name: distributed.full_tensor(x.detach()).cpu().contiguous() for name, x in value.items()}
-    return Resume(value, sharded_optimizer.save(trainer.optimizer))
-
-
-def save_resume(trainer: "PPOTrainer", folder: Path, resume: Resume) -> None:
-    """What a policy's folder lacks: value function, optimizer, schedule, state. Written by one process."""
-    save_file(resume.value, folder / VALUE_FILE)
-    states = {"optimizer": resume.optimizer, "lr_scheduler": trainer.lr_scheduler.state_dict()}
-    torch.save(states | {"micro_rows": trainer.micro_rows}, folder / RESUME_FILE)
-    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
-        name = type(callback).__name__
-        if name in trainer.state.stateful_callbacks:
-            trainer.state.stateful_callbacks[name] = callback.state()
-    trainer.state.save_to_json(str(folder / STATE_FILE))
+    return {name: distributed.full_tensor(x.detach()).cpu().contiguous() for name, x in value.items()}
 
 
 def load_weights(trainer: "PPOTrainer", folder: Path) -> None:
     """Put the weights back as they were saved, before accelerate lays them out."""
-    for name in (VALUE_FILE, RESUME_FILE, STATE_FILE):
+    for name in (f"{VALUE}.safetensors", RESUME, STATE):
         if not (folder / name).is_file():
-            raise ValueError(f"PPOTrainer.train: {folder} is no checkpoint of a run: it has no {name}")
+            raise CheckpointError(f"PPOTrainer.train: {folder} is no checkpoint of a run: it has no {name}")
     if distributed.fsdp_units(trainer._wrapper):
         raise ValueError("PPOTrainer.train: its parameters are sharded already; resume with a new trainer")
+    trainer_checkpoints.check_fits(trainer, trainer._wrapper, trainer_checkpoints.read(folder))
     # transformers asks trainer.model about missing keys, and looks for FSDP's own files; here parameters are whole
     before = trainer.model, trainer.is_fsdp_enabled
     trainer.model, trainer.is_fsdp_enabled = trainer.policy_model, False
     try:
-        trainer._load_from_checkpoint(str(folder), trainer.policy_model)
+        super(trainer_checkpoints.SafeCheckpoints, trainer)._load_from_checkpoint(str(folder), trainer.policy_model)
     finally:
         trainer.model, trainer.is_fsdp_enabled = before
     parameters = dict(trainer._wrapper.named_parameters())
     with torch.no_grad():
-        for name, saved in load_file(folder / VALUE_FILE).items():
+        for name, saved in load_file(folder / f"{VALUE}.safetensors").items():
             parameters[name].copy_(saved)
 
 
 def load_resume(trainer: "PPOTrainer", folder: Path) -> None:
-    """Put optimizer, schedule and state back as `save_resume` found them."""
-    states = torch.load(folder / RESUME_FILE, map_location="cpu", weights_only=True)
-    sharded_optimizer.load(trainer.optimizer, states["optimizer"])
-    trainer.lr_scheduler.load_state_dict(states["lr_scheduler"])
-    trainer.micro_rows = states["micro_rows"]
+    """Put optimizer, schedule and state back as `save_checkpoint` found them."""
+    saved = trainer_checkpoints.read(folder)
+    trainer_checkpoints.load_optimizer(trainer, saved)
+    trainer.micro_rows = int(saved.values["micro_rows"])
     before = trainer.state
-    trainer.state = OnlineTrainerState.load_from_json(str(folder / STATE_FILE))
+    trainer.state = OnlineTrainerState.load_from_json(str(folder / STATE))
     for name in ("is_local_process_zero", "is_world_process_zero", "max_steps"):
         setattr(trainer.state, name, getattr(before, name))
     trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
+
+
+def load_random(trainer: "PPOTrainer", folder: Path) -> None:
+    """Put the random generators back; what is drawn after it is what the saved run drew."""
+    trainer_checkpoints.load_random(trainer, trainer_checkpoints.read(folder))

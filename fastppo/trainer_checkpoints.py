@@ -1,0 +1,260 @@
+"""Checkpoints of the trainers over transformers.Trainer (SFT, reward, late PPO): no pickle, whole or not there, checked.
+
+checkpoint-<step>/ in args.output_dir has transformers' layout, with other files for what it would pickle:
+model.safetensors, config.json, ...   the model as from_pretrained reads it (with PEFT the adapter)
+trainer_state.json                    transformers' own: step, log, callbacks
+optimizer.safetensors                 the optimizer's tensors
+random.safetensors                    random generators of every process
+resume.json                           settings of optimizer and schedule, what the parameters are called
+manifest.json                         size and SHA-256 of each file
+Under FSDP and DeepSpeed SFT and reward runs are saved in the files that accelerate writes, plus the manifest.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.trainer_callback import ExportableState
+
+from fastppo import checkpoint as ckpt
+from fastppo import distributed, manifest, sharded_optimizer
+from fastppo.disk import CheckpointError, read_json, set_aside, sync_tree, told_as_checkpoint_error
+from fastppo.run_folder import later_than, remove_old, whole_or_nothing
+from fastppo.trainer.state_checks import check_optimizer, check_random, tell_threads
+from fastppo.trainer.state_parts import everyones_random_state, fingerprint, type_name
+
+logger = logging.getLogger(__name__)
+
+RESUME, STATE = "resume.json", "trainer_state.json"
+_PICKLED_ARGUMENTS = "training_args.bin"
+
+
+class SafeCheckpoints:
+    """What stands before transformers.Trainer among a trainer's bases. `checkpoint_kind` names the trainer in its files."""
+
+    checkpoint_kind = "trainer"
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
+        if trial is None and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            self.store_flos()
+            save(self, self.model, lambda folder: self._save(str(folder)))
+            return
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with distributed.together(self.accelerator, "writing a checkpoint"):
+            if self.args.should_save:
+                manifest.write(folder, self.state.global_step)
+                sync_tree(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if is_ours(folder):
+            check_fits(self, self.model, read(folder))
+        elif not (folder / manifest.MANIFEST).exists():
+            logger.warning(
+                "%s was not written by fastppo: it cannot be checked, and is read as transformers does", folder
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and is_ours(Path(checkpoint)):
+            load_optimizer(self, read(Path(checkpoint)))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_ours(Path(checkpoint)):
+            super()._load_scaler(checkpoint)  # load_optimizer has loaded ours
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and is_ours(Path(checkpoint)):
+            load_random(self, read(Path(checkpoint)))
+        else:
+            super()._load_rng_state(checkpoint)
+
+
+def is_ours(folder: Path) -> bool:
+    return (folder / RESUME).is_file()
+
+
+# --- save -------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    trainer: Any,
+    model: torch.nn.Module,
+    write_model: Callable[[Path], None],
+    tensors: Mapping[str, dict[str, torch.Tensor]] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """checkpoint-<step>; every process must call it, and all raise what goes wrong on one.
+
+    model: all that is trained. write_model: writes it into a folder, but for `tensors`: file name -> tensors. more: JSON values.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    folder = Path(args.output_dir) / f"checkpoint-{step}"
+    parts, values = collect(trainer, model)
+    values |= dict(more or {})
+    with distributed.together(trainer.accelerator, "writing a checkpoint"):
+        if args.should_save:
+            with told_as_checkpoint_error(folder), whole_or_nothing(folder) as temporary:
+                write_model(temporary)
+                for name, group in {**parts, **(tensors or {})}.items():
+                    # contiguous copies: safetensors refuses tensors that share storage
+                    save_file(
+                        {k: x.detach().cpu().clone() for k, x in group.items()}, temporary / f"{name}.safetensors"
+                    )
+                (temporary / RESUME).write_text(json.dumps(values), encoding="utf-8")
+                write_state(trainer, temporary / STATE)
+                manifest.write(temporary, step)
+                for path in later_than(args.output_dir, step - 1):
+                    set_aside(path)
+            remove_old(args.output_dir, args.save_total_limit, trainer.state.best_model_checkpoint)
+            if args.push_to_hub:
+                trainer._push_from_checkpoint(str(folder))
+
+
+def collect(trainer: Any, model: torch.nn.Module) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """(parts, values) for `read` to give back."""
+    random_tensors, random_values = everyones_random_state(trainer.accelerator, *ckpt.rng_state())
+    parts, values = {"random": random_tensors}, {"optimizer": None, "scheduler": None, "scaler": None}
+    if not trainer.args.save_only_model:
+        parts["optimizer"], tree = ckpt.split_tensors(sharded_optimizer.save(trainer.optimizer))
+        parts["scheduler"], values["scheduler"] = ckpt.split_tensors(trainer.lr_scheduler.state_dict())
+        values["optimizer"] = {"type": type_name(trainer.optimizer), "tree": tree}
+        if (scaler := getattr(trainer.accelerator, "scaler", None)) is not None:
+            values["scaler"] = scaler.state_dict()
+    values |= {"kind": trainer.checkpoint_kind, "processes": trainer.accelerator.num_processes, "random": random_values}
+    return parts, values | {"threads": torch.get_num_threads(), **identity(trainer, model)}
+
+
+def identity(trainer: Any, model: torch.nn.Module) -> dict[str, Any]:
+    """What must be the same when the run goes on: parameters by name, and fingerprints of what no checkpoint holds."""
+    sharded = distributed.fsdp_units(model)
+    # FSDP may hold parameters in another dtype than they are loaded in
+    dtype = (lambda p: None) if sharded else (lambda p: str(p.dtype))
+    table = {name: [dtype(p), list(p.shape)] for name, p in model.named_parameters()}
+    frozen = {}
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None:
+        frozen["reference"] = fingerprint(trainer.accelerator.unwrap_model(reference).named_parameters())
+    if any("lora_" in name for name in table):
+        base = ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+        frozen["base"] = None if sharded else fingerprint(base)
+    return {"parameters": table, "frozen": frozen}
+
+
+def write_state(trainer: Any, path: Path) -> None:
+    """trainer_state.json, with the state of the callbacks that have one."""
+    states: dict[str, list] = {}
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    state = trainer.state
+    state.stateful_callbacks.update({name: each if len(each) > 1 else each[0] for name, each in states.items()})
+    if state.best_global_step:
+        best = Path(trainer.args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.exists() or state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(best)
+    state.save_to_json(str(path))
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> ckpt.Checkpoint:
+    """Optimizer, schedule and generators of a checkpoint that `run_folder.resolve` has checked."""
+    from safetensors import SafetensorError
+
+    values = read_json(folder / RESUME)
+    try:
+        names = [name for name in ("optimizer", "scheduler", "random") if (folder / f"{name}.safetensors").is_file()]
+        parts = {name: {k: x.clone() for k, x in load_file(folder / f"{name}.safetensors").items()} for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return ckpt.Checkpoint(folder, int(folder.name.rpartition("-")[2]), parts, values)
+
+
+def check_fits(trainer: Any, model: torch.nn.Module, saved: ckpt.Checkpoint) -> None:
+    """Raise CheckpointError when the checkpoint is another run's; nothing was changed then."""
+    try:
+        _check_identity(trainer, identity(trainer, model), saved)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _garbled(saved, error) from error
+    tell_threads(saved.values["threads"])
+
+
+def _check_identity(trainer: Any, now: Mapping[str, Any], saved: ckpt.Checkpoint) -> None:
+    values, where = saved.values, saved.path
+    if values["kind"] != trainer.checkpoint_kind:
+        raise CheckpointError(
+            f"{where}: saved by a trainer of kind {values['kind']!r}, this is {trainer.checkpoint_kind!r}"
+        )
+    then, wanted = values["parameters"], now["parameters"]
+    for name in sorted(then.keys() ^ wanted.keys()):
+        has = "the saved model lacks" if name in wanted else "this run's model lacks"
+        raise CheckpointError(f"{where}: {has} the parameter {name!r}: build the model as the saved run did")
+    for name, (dtype, shape) in wanted.items():
+        other = then[name][0]
+        if then[name][1] != shape or (dtype and other and dtype != other):
+            raise CheckpointError(
+                f"{where}: the parameter {name!r} was {other} {tuple(then[name][1])}, this run's is {dtype} {tuple(shape)}"
+            )
+    for name, words in (("base", "the model below the adapters"), ("reference", "the reference model")):
+        had, has = values["frozen"].get(name), now["frozen"].get(name)
+        if values["frozen"].keys() != now["frozen"].keys() or (had and has and had != has):
+            raise CheckpointError(f"{where}: {words} is not the saved run's: start from the same one")
+    if not isinstance(values["threads"], int):
+        raise TypeError(f"threads: {values['threads']!r}")
+
+
+def load_optimizer(trainer: Any, saved: ckpt.Checkpoint) -> None:
+    """Optimizer, schedule and gradient scaler as they were saved."""
+    values = saved.values
+    try:
+        if values["optimizer"] is None:
+            logger.warning("%s was saved with save_only_model: the optimizer starts anew", saved.path)
+            return
+        optimizer = ckpt.join_tensors(saved.parts["optimizer"], values["optimizer"]["tree"])
+        check_optimizer(trainer, saved, optimizer)
+        sharded_optimizer.load(trainer.optimizer, optimizer)
+        trainer.lr_scheduler.load_state_dict(ckpt.join_tensors(saved.parts["scheduler"], values["scheduler"]))
+        if values["scaler"] is not None and getattr(trainer.accelerator, "scaler", None) is not None:
+            trainer.accelerator.scaler.load_state_dict(values["scaler"])
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise _garbled(saved, error) from error
+
+
+def load_random(trainer: Any, saved: ckpt.Checkpoint) -> None:
+    """This process's random generators; with another number of processes they stay as they are, which is said."""
+    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    if saved.values["processes"] != processes:
+        logger.warning(
+            "%s was saved by %s processes, this run has %d: it will not be the run that went on",
+            saved.path,
+            saved.values["processes"],
+            processes,
+        )
+        return
+    try:
+        own = {name.partition(".")[2]: x for name, x in saved.parts["random"].items() if name.startswith(f"{rank}.")}
+        check_random(own, saved.values["random"][rank])
+        ckpt.set_rng_state(own, saved.values["random"][rank])
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError, RuntimeError) as error:
+        raise _garbled(saved, error) from error
+
+
+def _garbled(saved: ckpt.Checkpoint, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{saved.path}: {RESUME} lacks or garbles what a checkpoint has: {error!r}")
