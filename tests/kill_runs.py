@@ -98,20 +98,27 @@ def write_inputs(folder: Path) -> None:
     )
 
 
-def train_by_command(kind: str, folder: str) -> dict:
-    """Digests of the models that the command wrote."""
-    stage = kind.split()[1]
-    names = list(STAGES) if stage == "pipeline" else [stage]
-    values = {name: {**COMMON, "logging_steps": 1, **STAGES[name]} for name in names}
+def stages_of(stage: str) -> list[str]:
+    return list(STAGES) if stage == "pipeline" else [stage]
+
+
+def command_line(stage: str, folder: str) -> list[str]:
+    """What runs the stage into `folder`, options in a file beside it."""
+    values = {name: {**COMMON, "logging_steps": 1, **STAGES[name]} for name in stages_of(stage)}
     if stage != "pipeline":
         values = values[stage] | ({"reward": "rewards.py:words", "prompt_column": "chosen"} if stage == "ppo" else {})
     config = Path(f"{folder}.yaml")
     config.write_text(yaml.safe_dump({"model": "model", "dataset": "pairs.jsonl", **values}))
-    argv = [stage, "--config", str(config), "--output-dir", folder]
-    if status := command(argv):
+    return [stage, "--config", str(config), "--output-dir", folder]
+
+
+def train_by_command(kind: str, folder: str) -> dict:
+    """Digests of the models that the command wrote."""
+    stage = kind.split()[1]
+    if status := command(command_line(stage, folder)):
         raise RuntimeError(f"{kind} ended with status {status}")
     made = {}
-    for name in names:
+    for name in stages_of(stage):
         path = Path(folder, name) if stage == "pipeline" else Path(folder)
         made[f"{name} weights"] = hashlib.sha256((path / "model/model.safetensors").read_bytes()).hexdigest()
     return made

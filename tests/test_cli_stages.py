@@ -176,32 +176,72 @@ def test_a_classifier_with_other_tokens_reads_text():
     assert len(read_metrics("judged")) == 1
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_ctrl_c_saves_and_the_same_command_goes_on(stage, monkeypatch, capsys):
-    """The first Ctrl-C, in the second step; the final weights are those of a run without it."""
+@pytest.mark.parametrize(
+    ("stage", "signals"),
+    [
+        ("sft", [signal.SIGINT]),
+        ("reward", [signal.SIGTERM]),
+        ("ppo", [signal.SIGINT]),
+        ("sft", [signal.SIGINT, signal.SIGINT]),
+        ("ppo", [signal.SIGTERM, signal.SIGINT]),
+    ],
+)
+def test_ctrl_c_and_sigterm_save_and_the_same_command_goes_on(stage, signals, monkeypatch, capsys, tmp_path):
+    """Signals in the second step; the final weights are those of a run without them. The second one stops at once."""
     from fastppo.cli.screen import Screen
 
     data = "prompts.jsonl" if stage == "ppo" else "pairs.jsonl"
-    command = [stage, "--model", "model", "--dataset", data, *flags(stage, logging_steps=1)]
+    command = [stage, "--model", "model", "--dataset", data, *flags(stage, logging_steps=1, save_steps=1)]
     command += ["--reward", "rewards.py:vowels"] if stage == "ppo" else []
-    plain, shown = Screen.step, []
+    plain, shown, cut, whole = Screen.step, [], str(tmp_path / "cut"), str(tmp_path / "whole")
 
     def step(self, told):
         plain(self, told)
         shown.append(told.number)
-        if len(shown) == 2:
-            signal.raise_signal(signal.SIGINT)
+        for number in signals if len(shown) == 2 else ():
+            signal.raise_signal(number)
 
     monkeypatch.setattr(Screen, "step", step)
-    assert main([*command, "--output-dir", f"{stage}-cut"]) == 130
-    said = capsys.readouterr().out
+    assert main([*command, "--output-dir", cut]) == 130
+    said, at_once = capsys.readouterr().out, len(signals) == 2
     assert "Stopping after this step" in said and "The same command goes on from there" in said
-    assert not Path(f"{stage}-cut/model").exists() and len(read_metrics(f"{stage}-cut")) in (2, 3)
-    assert main([*command, "--output-dir", f"{stage}-cut"]) == 0
-    assert main([*command, "--output-dir", f"{stage}-whole"]) == 0
-    assert same(f"{stage}-cut", f"{stage}-whole")
-    steps = [line["step"] for line in read_metrics(f"{stage}-cut")]
-    assert steps == [line["step"] for line in read_metrics(f"{stage}-whole")]
+    saved = max(int(path.name.partition("-")[2]) for path in Path(cut).glob("checkpoint-*"))
+    assert saved == len(shown) - at_once and f"checkpoint-{saved} is saved" in said
+    assert not Path(cut, "model").exists()
+    assert main([*command, "--output-dir", cut]) == 0
+    assert f"Going on after step {saved}" in capsys.readouterr().out
+    assert main([*command, "--output-dir", whole]) == 0
+    assert same(cut, whole)
+    assert [line["step"] for line in read_metrics(cut)] == [line["step"] for line in read_metrics(whole)]
+
+
+def test_a_broken_checkpoint_is_passed_over_and_said(capsys, tmp_path):
+    command = ["sft", "--model", "model", "--dataset", "pairs.jsonl", *flags("sft", save_steps=1)]
+    run = tmp_path / "run"
+    assert main([*command, "--output-dir", str(run)]) == 0
+    before = weights(str(run))
+    (run / "results.json").unlink()  # killed before it was written
+    newest = run / "checkpoint-6/optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main([*command, "--output-dir", str(run)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Passed over a checkpoint: {newest}" in said and "Going on after step 5" in said
+    after = weights(str(run))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for path in run.glob("checkpoint-*/manifest.json"):
+        path.unlink()
+    (run / "results.json").unlink()
+    assert main([*command, "--output-dir", str(run)]) == 1
+    assert "no checkpoint that can be loaded" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_a_model_is_loaded(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    command = ["sft", "--model", "model", "--dataset", "pairs.jsonl", *flags("sft")]
+    assert main([*command, "--output-dir", str(tmp_path / "file/run")]) == 1
+    said = capsys.readouterr().err
+    assert f"cannot write {tmp_path}/file/run: Not a directory" in said and "Traceback" not in said
 
 
 # --- what cannot work is named ----------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def train_and_save(stage: Stage, trainer: Any, folder: StageFolder) -> tuple[int
         folder.write_json(SAMPLES, {"before": stage.probe(trainer)})
     with Interrupts(screen.notice, STOPPING) as interrupts:
         trainer.add_callback(Recorder(folder, screen, interrupts, trainer))
-        with screen if is_main else contextlib.nullcontext():
+        with screen if is_main else contextlib.nullcontext(), curves_at_the_end(stage, folder, title, is_main):
             try:
                 trainer.train(resume_from_checkpoint="auto")
                 if not interrupts.asked and not evaluated_last(trainer):
@@ -145,12 +145,23 @@ def train_and_save(stage: Stage, trainer: Any, folder: StageFolder) -> tuple[int
                 raise UserError(f"training diverged: {error}. Lower the learning rate.") from error
             except CheckpointError as error:
                 raise UserError(f"{error} The same command goes on from the last checkpoint.") from error
-            finally:
-                if is_main:
-                    folder.write_curves(title, stage.panels, stage.step_name)
     if interrupts.asked:
         return interrupted(stage, screen, folder, is_main)
     return finished(stage, trainer, screen, folder)
+
+
+@contextlib.contextmanager
+def curves_at_the_end(stage: Stage, folder: StageFolder, title: str, is_main: bool) -> Iterator[None]:
+    """However training ends, its plots are drawn; what ended it is told, not that they could not be written either."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(UserError):
+            if is_main:
+                folder.write_curves(title, stage.panels, stage.step_name)
+        raise
+    if is_main:
+        folder.write_curves(title, stage.panels, stage.step_name)
 
 
 def evaluated_last(trainer: Any) -> bool:

@@ -18,7 +18,7 @@ from fastppo.cli.options import check_values, comments, load_yaml, parse_over, t
 LEFT_OUT = {"output_dir", "parallelism_config", "sft_model_path", "reward_model_path", "world_size", "batch_size"}
 LEFT_OUT |= {"num_total_batches", "micro_batch_size", "local_batch_size", "local_mini_batch_size", "mini_batch_size"}
 # Where a command's defaults differ from the trainer's: a run that is killed goes on from at most 100 steps back.
-DEFAULTS = {"disable_tqdm": True, "save_steps": 100.0, "save_total_limit": 1}
+DEFAULTS = {"disable_tqdm": True, "save_steps": 100.0, "save_total_limit": 2}
 
 
 @dataclass
