@@ -86,10 +86,21 @@ def pick(op: str, table: Mapping[str, Callable], device: torch.device, asked: st
     """
     asked = asked or os.environ.get("FASTPPO_BACKEND")
     if asked is None:
-        return next(
-            run for name, run in table.items() if not (INTERPRET and name == "triton") and missing(name, device) is None
-        )
+        able = (name for name in table if not (INTERPRET and name == "triton") and missing(name, device) is None)
+        return on_device(table[next(able)], device)
     why = missing(asked, device) if asked in table else f"{op} has only {', '.join(table)}"
     if why is not None:
         raise RuntimeError(f"{op}: backend {asked!r} was asked for but {why}")
-    return table[asked]
+    return on_device(table[asked], device)
+
+
+def on_device(run: Callable, device: torch.device) -> Callable:
+    """`run`, with `device` the current one during the call where another GPU is: a launch goes to the current GPU."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return run
+
+    def on_another(*args, **kwargs):
+        with torch.cuda.device(device):
+            return run(*args, **kwargs)
+
+    return on_another

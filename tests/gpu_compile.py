@@ -16,6 +16,8 @@ SHARED_LIMIT = {
 }  # bytes a block may have: CUDA C++ programming guide, compute capabilities
 FP64 = re.compile(r"\b(DADD|DFMA|DMUL|DSETP|F2F\.F64\S*|F2F\.F32\.F64|I2F\.F64\S*)\b")
 LOCAL = re.compile(r"\b(LDL|STL)(\.\S+)?\b")
+# "%z = arith.muli %x, %y : tensor<16x1xi32> loc(..)" in Triton's own intermediate code
+PRODUCT = re.compile(r"arith\.muli (\S+), (\S+) : (?:tensor<[\dx]+)?i32\b")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class TritonCase:
 
 @dataclass(frozen=True)
 class Compiled:
-    """name: kernel. arch: 80 or 90. registers per thread; shared and local: bytes (local: per thread). sass: its text."""
+    """name: kernel. arch: 80 or 90. registers per thread; shared and local: bytes (local: per thread). sass: its text.
+
+    narrow: products of two run-time numbers that are 32 bits wide (Triton only).
+    """
 
     name: str
     arch: int
@@ -56,6 +61,7 @@ class Compiled:
     shared: int
     local: int
     sass: str
+    narrow: tuple[str, ...] = ()
 
     @property
     def faults(self) -> list[str]:
@@ -67,6 +73,8 @@ class Compiled:
             found.append(f"{self.shared} bytes of shared memory; sm_{self.arch} has {SHARED_LIMIT[self.arch]}")
         if fp64 := FP64.search(self.sass):
             found.append(f"float64 arithmetic: {fp64.group()}")
+        if self.narrow:
+            found.append(f"row * stride overflows 32 bits past 2^31 elements, convert one to int64: {self.narrow}")
         return found
 
     def missing(self, wants: tuple[str, ...]) -> list[str]:
@@ -99,6 +107,12 @@ def sass_by_kernel(cubin: Path) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def narrow_products(ttir: str) -> tuple[str, ...]:
+    """32-bit products neither of whose factors is a constant: an offset among them overflows past 2^31 elements."""
+    constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
+    return tuple(found[0] for found in PRODUCT.finditer(ttir) if not {found[1], found[2]} & constants)
+
+
 def compile_triton(case: TritonCase, arch: int, folder: Path) -> Compiled:
     """Compile one case for sm_<arch>; raises with Triton's own words when it does not compile."""
     import triton
@@ -124,7 +138,8 @@ def compile_triton(case: TritonCase, arch: int, folder: Path) -> Compiled:
     usage, sass = resource_usage(cubin), sass_by_kernel(cubin)
     (found,) = usage.values()
     shared = max(made.metadata.shared, found["SHARED"])
-    return Compiled(case.name, arch, found["REG"], shared, found["LOCAL"] + found["STACK"], "\n".join(sass.values()))
+    local, text = found["LOCAL"] + found["STACK"], "\n".join(sass.values())
+    return Compiled(case.name, arch, found["REG"], shared, local, text, narrow_products(made.asm["ttir"]))
 
 
 @functools.cache

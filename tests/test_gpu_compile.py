@@ -8,7 +8,7 @@ import os
 import re
 
 import pytest
-from gpu_compile import ROOT, Compiled, compile_cuda, compile_triton, nvcc, table
+from gpu_compile import ROOT, Compiled, compile_cuda, compile_triton, narrow_products, nvcc, table
 from gpu_registry import CUDA_WANTS, TRITON
 
 CUDA_SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -73,3 +73,14 @@ def test_the_gates_catch_a_spill_and_float64():
     bad = Compiled("k", 90, 255, 300_000, 16, "STL [R1], R2 ; DFMA R2, R2, R4, R6 ;")
     assert len(bad.faults) == 3 and bad.missing((r"\bHGMMA\b",)) == [r"\bHGMMA\b"]
     assert not Compiled("k", 90, 40, 1024, 0, "LDG.E.128 R4, [R2.64] ;").faults
+
+
+def test_the_gate_sees_32_bit_offsets():
+    """A product with a constant is one dimension's coordinate; one of two run-time numbers is an offset, or may be."""
+    ttir = """%c-5_i32 = arith.constant -5 : i32
+    %a = arith.muli %pid, %c-5_i32 : i32 loc(#loc1)
+    %b = arith.muli %row, %stride : i64 loc(#loc1)
+    %c = arith.muli %pid, %stride : i32 loc(#loc1)
+    %d = arith.muli %x, %y : tensor<16x1xi32> loc(#loc1)"""
+    assert len(narrow_products(ttir)) == 2
+    assert Compiled("k", 90, 40, 0, 0, "", narrow_products(ttir)).faults
