@@ -60,12 +60,13 @@ class NoWaits:
 
 
 class Nowhere:
-    """A kernel or an extension module whose launches go nowhere; `launches` counts them."""
+    """A kernel or an extension module whose launches go nowhere; `launches` counts them, `grids` are Triton's."""
 
     def __init__(self):
-        self.launches = 0
+        self.launches, self.grids = 0, []
 
     def __getitem__(self, grid):
+        self.grids.append(grid)
         return self._launch
 
     def __getattr__(self, name):

@@ -1,7 +1,8 @@
-"""What the tests of logprob, linear_logprob and linear_ppo_loss share: the error rule and awkward logits."""
+"""What the tests of the rooms over logits share: the error rule, awkward logits and awkward memory."""
 
 import os
 
+import pytest
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +31,41 @@ def tiny_of(dtype: torch.dtype) -> float:
     if dtype == torch.float32:
         return 1e-6
     return torch.finfo(dtype).eps * (1.0 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5)
+
+
+def far_apart(values_NV: torch.Tensor, step: int = 2**30) -> torch.Tensor:
+    """The same three rows, `step` elements apart: the last begins past 2^31 elements. Untouched pages cost nothing."""
+    (N, V), kind = values_NV.shape, values_NV.dtype
+    try:
+        storage = torch.empty((N - 1) * step + V, dtype=kind, device=values_NV.device)
+    except RuntimeError as error:
+        pytest.skip(f"{(N - 1) * step * kind.itemsize >> 30} GB of address space: {error}")
+    assert (N - 1) * step >= 2**31
+    return storage.as_strided((N, V), (step, 1)).copy_(values_NV)
+
+
+def off_by_8_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The same int64 numbers at an address that no 16-byte load may use: labels[1:] of a tensor of labels."""
+    view = torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+    assert view.data_ptr() % 16 == 8
+    return view
+
+
+def strided(x_ND: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers, laid out in another way."""
+    if layout == "columns first":
+        return x_ND.t().contiguous().t()
+    if layout == "every other column":
+        return x_ND.repeat_interleave(2, 1)[:, ::2]
+    return torch.cat([x_ND, x_ND], 1)[:, : x_ND.shape[1]] if layout == "wider rows" else x_ND
+
+
+def as_laid_out(x: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
+    """A fresh copy converted to one dtype after the other, with x's own strides: clone and to would close the gaps."""
+    made = x.detach()
+    for dtype in dtypes:
+        made = made.to(dtype)
+    return torch.empty_strided(x.shape, x.stride(), dtype=made.dtype, device=x.device).copy_(made)
 
 
 # name -> what to do to random logits [N, V]

@@ -47,12 +47,22 @@ def test_sampling_matches_reference(V, name):
         sampling_tests.test_nothing_left_names_its_row,
         sampling_tests.test_a_row_does_not_depend_on_its_batch,
         sampling_tests.test_seed_and_position_both_count,
+        sampling_tests.test_more_than_2_31_elements_by_stride,
+        sampling_tests.test_unaligned_seeds_and_positions,
         sampling_tests.test_no_rows,
     ],
     ids=lambda case: case.__name__,
 )
 def test_sampling(case):
     case("cpu", CPU)
+
+
+def test_any_case_of_sampling():
+    sampling_tests._any_case("cpu", CPU, examples=10)
+
+
+def test_any_case_of_paged_attention():
+    paged_tests._any_case("cpu", CPU, examples=5, longest=30, largest_group=5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -87,6 +97,8 @@ def test_decode_matches_reference(heads, dtype, monkeypatch):
         paged_tests.test_a_case_worked_out_by_hand,
         paged_tests.test_large_scores_do_not_overflow,
         paged_tests.test_strided_queries,
+        paged_tests.test_a_cache_of_more_than_2_to_the_31_elements,
+        paged_tests.test_queries_and_new_tokens_of_more_than_2_to_the_31_elements,
         paged_tests.test_nothing_to_do,
     ],
     ids=lambda case: case.__name__,

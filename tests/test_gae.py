@@ -111,6 +111,18 @@ def test_packed_sequences_of_any_length(run_backend, device, lengths):
         torch.testing.assert_close(rewards_only.advantages_BT[a:b], alone.advantages_BT[0], atol=2e-5, rtol=2e-5)
 
 
+def test_the_same_bits_at_any_alignment(run_backend, device):
+    """Rows of 1000 tokens by 16-byte loads, and the same rows three tokens further, one by one."""
+    values = torch.randn(3, 2, 1000, device=device)
+    options = dict(gamma=0.99, lam=0.95, backend=run_backend)
+    aligned = gae_packed(values[0].flatten(), values[1].flatten(), torch.tensor([0, 1000, 2000], dtype=torch.int32, device=device), **options)  # fmt: skip
+    shifted = [torch.cat((values[2, 0, :3], x.flatten())) for x in values[:2]]
+    starts = torch.tensor([0, 3, 1003, 2003], dtype=torch.int32, device=device)
+    unaligned = gae_packed(*shifted, starts, **options)
+    for ours, theirs in zip(aligned[:2], unaligned[:2], strict=True):
+        assert torch.equal(ours, theirs[3:])
+
+
 def test_carry_is_the_row_without_its_holes(run_backend, device):
     """masked="carry" on a row with holes equals packing the True tokens."""
     logprobs_BT, ref_BT, values_BT, mask_BT, scores_B = inputs(4, 300, "holes", device)

@@ -41,7 +41,8 @@ def nowhere(monkeypatch):
     for room, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(room, name, target)
-    return target
+    yield target
+    assert all(len(grid) == 1 for grid in target.grids), "a grid's second and third dimension end at 65,535"
 
 
 def rows():

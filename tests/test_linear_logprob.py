@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cases import BIAS_TRAPS, DTYPES, assert_as_exact_as_torch, tiny_of
+from logit_cases import BIAS_TRAPS, DTYPES, as_laid_out, assert_as_exact_as_torch, off_by_8_bytes, strided, tiny_of
 
 from fastppo.kernels import linear_logprob as room
 from fastppo.kernels.linear_logprob import Head, head_logits, linear_logprob
@@ -39,7 +39,7 @@ def inputs(N, D, V, device, *, bias=True, seed=0):
 def outcome(arguments, *, dtype, rounded_to, backend, temperature=1.0, **head):
     """logprob, entropy and the gradients, computed in `dtype` from inputs rounded to `rounded_to`."""
     *leaves, tokens_N, g_N, h_N = arguments
-    leaves = [None if x is None else x.to(rounded_to).to(dtype).clone().requires_grad_() for x in leaves]
+    leaves = [None if x is None else as_laid_out(x, rounded_to, dtype).requires_grad_() for x in leaves]
     made = linear_logprob(
         leaves[0], Head(leaves[1], leaves[2], **head), tokens_N, temperature=temperature, backend=backend
     )
@@ -80,10 +80,12 @@ def test_real_vocabulary(backend, device, bias):
     bias=st.booleans(),
     head=st.sampled_from(list(HEADS)),
     temperature=st.sampled_from([1.0, 0.5]),
+    layouts=st.tuples(*[st.sampled_from(["contiguous", "columns first", "every other column", "wider rows"])] * 2),
     seed=st.integers(0, 99),
 )
-def _any_shape(backend, device, N, D, V, dtype, bias, head, temperature, seed):
-    arguments = inputs(N, D, V, device, bias=bias, seed=seed)
+def _any_shape(backend, device, N, D, V, dtype, bias, head, temperature, layouts, seed):
+    hidden_ND, weight_VD, *rest = inputs(N, D, V, device, bias=bias, seed=seed)
+    arguments = (strided(hidden_ND, layouts[0]), strided(weight_VD, layouts[1]), *rest)
     check(arguments, dtype=dtype, backend=backend, temperature=temperature, **HEADS[head])
 
 
@@ -115,6 +117,15 @@ def test_any_stride(backend, device, small_tiles):
         made.append([*out, *torch.autograd.grad(out, leaves, [g_N, h_N])])
     for ours, theirs in zip(*made, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_unaligned_labels(backend, device, small_tiles):
+    hidden_ND, weight_VD, bias_V, tokens_N, *upstream = inputs(13, 5, 517, device)
+    made = (
+        outcome((hidden_ND, weight_VD, bias_V, tokens, *upstream), dtype=torch.float32, rounded_to=torch.float32, backend=backend)
+        for tokens in (tokens_N, off_by_8_bytes(tokens_N))
+    )  # fmt: skip
+    assert all(torch.equal(aligned, unaligned) for aligned, unaligned in zip(*made, strict=True))
 
 
 def test_by_hand(backend, device):

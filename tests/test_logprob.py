@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cases import DTYPES, TRAPS, assert_as_exact_as_torch, tiny_of
+from logit_cases import DTYPES, TRAPS, assert_as_exact_as_torch, far_apart, off_by_8_bytes, tiny_of
 
 from fastppo.kernels import logprob as room
 from fastppo.kernels.logprob import logprob, logprob_reference
@@ -129,20 +129,41 @@ def test_by_hand(backend, device):
 
 
 def test_more_than_2_31_elements_by_stride(backend, device):
-    """Rows 2^30 apart over one small buffer: the last row begins past 2^31 elements. The strides are read, not the memory."""
-    V, step = 37, 2**30
-    try:
-        storage = torch.empty(2 * step + V, dtype=torch.bfloat16, device=device)  # untouched pages cost nothing
-    except RuntimeError as error:
-        pytest.skip(f"4 GB of address space: {error}")
-    logits_NV = storage.as_strided((3, V), (step, 1))
-    values_NV = torch.randn(3, V, device=device).bfloat16()
-    logits_NV.copy_(values_NV)
+    """Forward and backward over rows 2^30 elements apart: the strides are read, not the memory."""
+    values_NV = torch.randn(3, 37, device=device).bfloat16()
     tokens_N = torch.tensor([0, 36, 20], device=device)
-    ours = logprob(logits_NV, tokens_N, backend=backend)
-    truth = logprob_reference(values_NV.double(), tokens_N)
-    for o, t in zip(ours, truth, strict=True):
-        torch.testing.assert_close(o.double(), t, atol=1e-5, rtol=0)
+    made = []
+    for logits_NV in (far_apart(values_NV), values_NV):
+        leaf_NV = logits_NV.requires_grad_()
+        out = logprob(leaf_NV, tokens_N, backend=backend)
+        made.append([*out, torch.autograd.grad(out[0].sum() + out[1].sum(), leaf_NV)[0]])
+    for far, near in zip(*made, strict=True):
+        torch.testing.assert_close(far, near, atol=0, rtol=0)
+
+
+def test_unaligned_labels(backend, device):
+    logits_NV, tokens_N, g_N, h_N = inputs(5, 37, device)
+    made = (
+        outcome(logits_NV, tokens, g_N, h_N, dtype=torch.float32, backend=backend)
+        for tokens in (tokens_N, off_by_8_bytes(tokens_N))
+    )
+    assert all(torch.equal(aligned, unaligned) for aligned, unaligned in zip(*made, strict=True))
+
+
+def _token_outside(run, device):
+    logits_NV, tokens_N = torch.zeros(3, 5, device=device, requires_grad=True), torch.tensor([-100, 2, 5])
+    made = run(logits_NV, tokens_N.to(device), 1.0, False)
+    assert made.logprob_N.isnan().tolist() == [True, False, True] and made.entropy_N.isfinite().all()
+    assert torch.autograd.grad(made.logprob_N.sum(), logits_NV)[0].isfinite().all()
+
+
+def test_token_outside_the_vocabulary(backend, device):
+    """-100 is no label here. The CPU looks and raises; a GPU does not look (that would wait): NaN, and no bad address."""
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"tokens_N must be in \[0, 5\); got values from -100 to 5"):
+            logprob(torch.zeros(3, 5), torch.tensor([-100, 2, 5]), backend=backend)
+    if backend in ("triton", "cuda"):  # past the check
+        _token_outside(room.BACKEND_TABLE[backend], device)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -317,6 +338,8 @@ def test_cuda_source_on_the_cpu_other_cases(cuda_on_cpu, monkeypatch):
     test_banned_token_is_minus_infinity("cpu", device)
     test_zero_upstream_rows_get_zero("cpu", device)
     test_more_than_2_31_elements_by_stride("cpu", device)
+    test_unaligned_labels("cpu", device)
+    _token_outside(cuda_on_cpu, device)
     for bad in (math.nan, math.inf):
         test_bad_logits_are_not_hidden("cpu", device, bad)
     _strides("cpu", device)

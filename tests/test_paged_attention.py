@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_cases import far_apart, off_by_8_bytes
 
 from fastppo.kernels._backend import INTERPRET, missing
 from fastppo.kernels.paged_attention import (
@@ -64,6 +65,16 @@ def assert_exact(ours, args, options):
     assert error <= allowed, f"error {error:.2e}, plain torch {plain_error:.2e}"
 
 
+def assert_right(backend, args, options):
+    ours, dtype = paged_attention(*args, **options, backend=backend), args[0].dtype
+    if backend == "triton" and dtype != torch.float32 and ours.numel():
+        # tensor cores take the probabilities in the cache's dtype, as flash-attn does: one more rounding
+        truth = sdpa_in(args, torch.float64, **options)
+        assert (ours.double() - truth).abs().max() <= 4 * torch.finfo(dtype).eps * truth.abs().max()
+    else:
+        assert_exact(ours, args, options)
+
+
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_matches_reference(backend, device, heads, dtype):
@@ -73,13 +84,7 @@ def test_decode_matches_reference(backend, device, heads, dtype):
     args, _ = case(lens, *heads, dtype, device)
     for options in ({}, {"window": 20}, {"softcap": 2.0}, {"window": 300, "softcap": 30.0}):
         options = {"scale": heads[2] ** -0.5, **options}
-        ours = paged_attention(*args, **options, backend=backend)
-        if backend == "triton" and dtype != torch.float32:
-            # tensor cores take the probabilities in the cache's dtype, as flash-attn does: one more rounding
-            truth = sdpa_in(args, torch.float64, **options)
-            assert (ours.double() - truth).abs().max() <= 4 * torch.finfo(dtype).eps * truth.abs().max()
-        else:
-            assert_exact(ours, args, options)
+        assert_right(backend, args, options)
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 8])  # a tile of sixteen tokens; three; none, and no AMX
@@ -185,32 +190,33 @@ def test_cache_write(backend, device, dtype, cache_dtype):
         assert torch.equal(cache.flatten(0, 1), expected)
 
 
-def test_a_cache_of_more_than_2_to_the_31_elements():
+def test_a_cache_of_more_than_2_to_the_31_elements(backend, device):
     """Offsets are 64 bits wide. 4 GiB of addresses, of which only the first and last page are ever touched."""
-    device = torch.device("cpu")
-    if why := missing("cpu", device):
-        pytest.skip(why)
     blocks = (1 << 31) // (16 * 8 * 256) + 2
-    cache = torch.empty(blocks, 16, 8, 256, dtype=torch.float16)
-    k_NKD = torch.randn(3, 8, 256).half()
-    slots_N = (blocks - 1) * 16 + torch.arange(3)
+    cache = torch.empty(blocks, 16, 8, 256, dtype=torch.float16, device=device)
+    k_NKD = torch.randn(3, 8, 256).half().to(device)
+    slots_N = (blocks - 1) * 16 + torch.arange(3, device=device)
     cache[0] = 0
-    cache_write(k_NKD, k_NKD, cache, cache, slots_N, backend="cpu")
+    cache_write(k_NKD, k_NKD, cache, cache, slots_N, backend=backend)
     assert torch.equal(cache[-1, :3], k_NKD)
-    q_BHD = torch.randn(1, 8, 256)
-    ours = [
-        paged_attention(
-            q_BHD,
-            c,
-            c,
-            torch.tensor([[b]], dtype=torch.int32),
-            torch.tensor([3], dtype=torch.int32),
-            scale=0.1,
-            backend="cpu",
-        )
-        for c, b in ((cache, blocks - 1), (cache[-1:].clone(), 0))
-    ]
+    q_BHD, lens_B = torch.randn(1, 8, 256, device=device), torch.tensor([3], dtype=torch.int32, device=device)
+    ours = []
+    for keys, block in ((cache, blocks - 1), (cache[-1:].clone(), 0)):
+        tables_BM = torch.tensor([[block]], dtype=torch.int32, device=device)
+        ours.append(paged_attention(q_BHD, keys, keys, tables_BM, lens_B, scale=0.1, backend=backend))
     assert torch.equal(*ours) and ours[0].abs().max() > 0
+
+
+def test_queries_and_new_tokens_of_more_than_2_to_the_31_elements(backend, device):
+    """Heads before tokens, 2^30 elements apart: head 2 of three begins past 2^31."""
+    (q_BHD, *caches, tables_BM, lens_B), _ = case([5], 3, 3, 8, torch.float16, device)
+    far_BHD = far_apart(q_BHD[0])[None]
+    made = (paged_attention(x, *caches, tables_BM, lens_B, scale=0.3, backend=backend) for x in (q_BHD, far_BHD))
+    assert torch.equal(*made)
+    slot = tables_BM[0, :1].long() * 16 + 5
+    cache_write(far_BHD, q_BHD, *caches, off_by_8_bytes(slot), backend=backend)
+    for cache in caches:
+        assert torch.equal(cache.flatten(0, 1)[slot], q_BHD)
 
 
 def test_nothing_to_do(backend, device):
@@ -222,27 +228,37 @@ def test_nothing_to_do(backend, device):
     )
 
 
-@settings(deadline=None, max_examples=30)
-@given(
-    lens=st.lists(st.integers(0, 400), min_size=1, max_size=4),
-    KV=st.integers(1, 3),
-    group=st.integers(1, 9),
-    D=st.integers(1, 32).map(lambda n: 8 * n),
-    block_size=st.sampled_from([1, 3, 16, 256]),
-    dtype=st.sampled_from(DTYPES),
-    window=st.one_of(st.none(), st.integers(1, 500)),
-    softcap=st.one_of(st.none(), st.floats(0.5, 50)),
-    chunked=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape_on_the_cpu(lens, KV, group, D, block_size, dtype, window, softcap, chunked, seed):
-    device = torch.device("cpu")
-    if why := missing("cpu", device):
-        pytest.skip(why)
-    query_lens = [(7 * seed + 13 * b) % (n + 1) for b, n in enumerate(lens)] if chunked else None
-    args, starts = case(lens, KV * group, KV, D, dtype, device, query_lens, block_size, seed)
-    options = {"scale": D**-0.5, "window": window, "softcap": softcap, "cu_seqlens_q": starts}
-    assert_exact(paged_attention(*args, **options, backend="cpu"), args, options)
+def _any_case(backend, device, examples, longest=400, largest_group=9):
+    @settings(deadline=None, max_examples=examples)
+    @given(
+        lens=st.lists(st.integers(0, longest), min_size=1, max_size=4),
+        KV=st.integers(1, 3),
+        group=st.integers(1, largest_group),
+        D=st.integers(1, 32).map(lambda n: 8 * n),
+        block_size=st.sampled_from([1, 3, 16, 256]),
+        dtype=st.sampled_from(DTYPES),
+        window=st.one_of(st.none(), st.integers(1, 500)),
+        softcap=st.one_of(st.none(), st.floats(0.5, 50)),
+        chunked=st.booleans(),
+        transposed=st.booleans(),
+        seed=st.integers(0, 1000),
+    )
+    def any_case(lens, KV, group, D, block_size, dtype, window, softcap, chunked, transposed, seed):
+        query_lens = [(7 * seed + 13 * b) % (n + 1) for b, n in enumerate(lens)] if chunked else None
+        args, starts = case(lens, KV * group, KV, D, dtype, device, query_lens, block_size, seed)
+        if transposed:
+            args[0] = args[0].transpose(0, 1).contiguous().transpose(0, 1)
+        options = {"scale": D**-0.5, "window": window, "softcap": softcap, "cu_seqlens_q": starts}
+        assert_right(backend, args, options)
+
+    any_case()
+
+
+def test_any_case(backend, device):
+    if INTERPRET:
+        _any_case(backend, device, examples=5, longest=40, largest_group=3)
+    else:
+        _any_case(backend, device, examples=30)
 
 
 def test_wrong_arguments_say_what_came(device):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_cases import far_apart, off_by_8_bytes
 
 from fastppo.kernels._backend import INTERPRET, missing
 from fastppo.kernels._philox import philox4x32_10, uniforms
@@ -245,6 +246,23 @@ def test_a_row_does_not_depend_on_its_batch(backend, device):
             assert torch.equal(x[[0, 3]], torch.cat([a[i] for a in alone]))
 
 
+def test_more_than_2_31_elements_by_stride(backend, device):
+    logits_BV, seeds_B, positions_B = rows(3, 517, device, torch.bfloat16)
+    far_BV = far_apart(logits_BV)
+    for options in FEW:
+        made = (sampling(x_BV, seeds_B, positions_B, options, backend=backend) for x_BV in (logits_BV, far_BV))
+        assert all(torch.equal(near, far) for near, far in zip(*made, strict=True))
+
+
+def test_unaligned_seeds_and_positions(backend, device):
+    logits_BV, *counters = rows(3, 517, device)
+    made = (
+        sampling(logits_BV, *numbers, FEW[-1], backend=backend)
+        for numbers in (counters, [off_by_8_bytes(x_B) for x_B in counters])
+    )
+    assert all(torch.equal(aligned, unaligned) for aligned, unaligned in zip(*made, strict=True))
+
+
 def test_seed_and_position_both_count(backend, device):
     logits_BV = torch.zeros(12, 4096, device=device)
     seeds_B = torch.tensor([0, 0, 0, 0, 1, 2, 2**32, -1, 0, 0, 5, 5], device=device)
@@ -275,30 +293,48 @@ def test_uniforms_are_uniform():
     assert abs(torch.corrcoef(torch.stack([u_S, v_S]))[0, 1]) < 0.01
 
 
-@settings(deadline=None, max_examples=30)
-@given(
-    B=st.integers(0, 5),
-    V=st.integers(1, 2300),
-    dtype=st.sampled_from(DTYPES),
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
-    top_k=st.integers(0, 2400),
-    top_p=st.floats(0, 1),
-    min_p=st.floats(0, 1),
-    seed=st.integers(0, 2**31),
-)
-def test_the_cpu_back_end_keeps_what_the_formula_keeps(B, V, dtype, temperature, top_k, top_p, min_p, seed):
-    device = torch.device("cpu")
-    if why := missing("cpu", device):
-        pytest.skip(why)
-    options = SamplingOptions(temperature, top_k, top_p, min_p)
-    args = rows(B, V, device, dtype, seed)
-    ours = sampling(*args, options, backend="cpu")
-    truth = sampling_reference(args[0].double(), *args[1:], options)
-    # A threshold within rounding of a token's mass may keep one token more or less: its mass is then what differs.
-    different_B = (ours.tokens_B != truth.tokens_B) | ((ours.sampled_logprob_B - truth.sampled_logprob_B).abs() > 1e-4)
-    assert different_B.sum() <= 1
-    same_B = ours.tokens_B == truth.tokens_B
-    assert ((ours.logprob_B - truth.logprob_B).abs()[same_B] < 1e-5).all()
+LAYOUTS = {
+    "contiguous": lambda x_BV: x_BV,
+    "row stride": lambda x_BV: torch.cat([x_BV, x_BV], 1)[:, : x_BV.shape[1]],
+    "unaligned": lambda x_BV: torch.nn.functional.pad(x_BV, (1, 2))[:, 1:-2],
+    "columns apart": lambda x_BV: x_BV.t().contiguous().t(),
+    "expanded": lambda x_BV: x_BV[:1].expand(len(x_BV), -1),
+}
+
+
+def _any_case(backend, device, examples, most_rows=5, most_columns=2300):
+    @settings(deadline=None, max_examples=examples)
+    @given(
+        B=st.integers(0, most_rows),
+        V=st.integers(1, most_columns),
+        dtype=st.sampled_from(DTYPES),
+        temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+        top_k=st.integers(0, most_columns + 100),
+        top_p=st.floats(0, 1),
+        min_p=st.floats(0, 1),
+        layout=st.sampled_from(list(LAYOUTS)),
+        seed=st.integers(0, 2**31),
+    )
+    def keeps_what_the_formula_keeps(B, V, dtype, temperature, top_k, top_p, min_p, layout, seed):
+        options = SamplingOptions(temperature, top_k, top_p, min_p)
+        logits_BV, *counters = rows(B, V, device, dtype, seed)
+        logits_BV = LAYOUTS[layout](logits_BV)
+        ours = sampling(logits_BV, *counters, options, backend=backend)
+        truth = sampling_reference(logits_BV.double(), *counters, options)
+        # A threshold within rounding of a token's mass may keep one token more or less: its mass is then what differs.
+        away_B = (ours.sampled_logprob_B - truth.sampled_logprob_B).abs()
+        assert ((ours.tokens_B != truth.tokens_B) | (away_B > 1e-4)).sum() <= 1
+        same_B = ours.tokens_B == truth.tokens_B
+        assert ((ours.logprob_B - truth.logprob_B).abs()[same_B] < 1e-5).all()
+
+    keeps_what_the_formula_keeps()
+
+
+def test_any_case(backend, device):
+    if INTERPRET:
+        _any_case(backend, device, examples=5, most_rows=2, most_columns=1100)
+    else:
+        _any_case(backend, device, examples=30)
 
 
 def test_151936_columns(backend, device):
