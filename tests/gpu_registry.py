@@ -141,10 +141,14 @@ TRITON: list[TritonCase] = [
     *(_linear_stats(kind, more, tma) for tma in (False, True) for kind in ("bf16", "fp16") for more in (False, True)),
 ]
 
-# file stem -> instructions that some kernel of the file must use
+# kernel -> instructions that each of its instances must use; a store of 16 bytes where the kernel writes rows
+WIDE_STORE = r"STG\.E(\.\w+)*\.128"
 CUDA_WANTS: dict[str, tuple[str, ...]] = {
-    "gae": (WIDE,),
-    "logprob": (WIDE,),
-    "paged_attention": (WIDE,),
-    "sampling": (WIDE,),
+    "logprob_forward_kernel": (WIDE,),
+    "logprob_backward_kernel": (WIDE, WIDE_STORE),
+    "gae_kernel": (WIDE, WIDE_STORE),
+    "sampling_kernel": (WIDE,),
+    "paged_attention_kernel": (WIDE,),
+    "paged_merge_kernel": (),  # a column a thread: 512 contiguous bytes a part
+    "cache_write_kernel": (WIDE, WIDE_STORE),
 }

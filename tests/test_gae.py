@@ -97,6 +97,7 @@ def test_plain_gae_matches_reference(run_backend, device):
 def test_packed_sequences_of_any_length(run_backend, device, lengths):
     """Empty ones among them, starts at any alignment, more than one tile: each equals its own row alone."""
     N, B = sum(lengths), len(lengths)
+    torch.manual_seed(N)
     logprobs_N, ref_N, values_N = torch.randn(3, N, device=device)
     scores_B = torch.randn(B, device=device)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
@@ -113,6 +114,7 @@ def test_packed_sequences_of_any_length(run_backend, device, lengths):
 
 def test_the_same_bits_at_any_alignment(run_backend, device):
     """Rows of 1000 tokens by 16-byte loads, and the same rows three tokens further, one by one."""
+    torch.manual_seed(0)
     values = torch.randn(3, 2, 1000, device=device)
     options = dict(gamma=0.99, lam=0.95, backend=run_backend)
     aligned = gae_packed(values[0].flatten(), values[1].flatten(), torch.tensor([0, 1000, 2000], dtype=torch.int32, device=device), **options)  # fmt: skip

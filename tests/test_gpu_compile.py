@@ -45,6 +45,10 @@ def test_triton_kernel(case, arch, tmp_path):
     assert not made.missing(wants), f"{made.name} on sm_{arch}: its SASS has no {made.missing(wants)}"
 
 
+def cuda_kernels(source) -> set[str]:
+    return set(re.findall(r"__global__[\w\s(),]*?\b(\w+_kernel)\(", source.read_text()))
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda source: source.stem)
 def test_cuda_source(source, arch, tmp_path):
@@ -55,18 +59,27 @@ def test_cuda_source(source, arch, tmp_path):
     rows.extend(kernels)
     faults = {kernel.name: kernel.faults for kernel in kernels if kernel.faults}
     assert kernels and not faults, f"{source.name} on sm_{arch}: {faults}"
-    wants = CUDA_WANTS.get(source.stem, ())
-    unmet = [want for want in wants if all(kernel.missing((want,)) for kernel in kernels)]
-    assert not unmet, f"{source.name}: no kernel's SASS has {unmet}"
+    unmet = {kernel.name: kernel.missing(CUDA_WANTS[kernel.name.split("<")[0]]) for kernel in kernels}
+    assert not any(unmet.values()), f"{source.name} on sm_{arch}, missing in SASS: {unmet}"
+    assert {kernel.name.split("<")[0] for kernel in kernels} == cuda_kernels(source), "a kernel that nothing launches"
 
 
-def test_every_triton_kernel_is_registered():
-    """A kernel that is launched (its name ends in _kernel) and not in the registry is not checked by anything."""
+def test_every_kernel_is_registered():
+    """A kernel that is launched and not in the registry is not checked by anything: Triton's by kernel[grid](..), CUDA's by __global__."""
     listed = {case.kernel.split(":")[1] for case in TRITON}
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        found = re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+_kernel)\(", path.read_text())
-        unlisted = set(found) - listed
-        assert not unlisted, f"{path.name}: {sorted(unlisted)} are not in tests/gpu_registry.py"
+    sources = [path for folder in ("kernels", "fastppo") for path in sorted((ROOT / folder).rglob("*.py"))]
+    launched, jitted = set(), set()
+    for path in sources:
+        text = path.read_text()
+        launched |= set(re.findall(r"\b(\w+)\[\([^\n]*\)\]\(", text))
+        jitted |= set(re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)\(", text))
+    kernels = {name for name in jitted if name.endswith("_kernel")}
+    assert launched & jitted == kernels == listed, (
+        "name a kernel .._kernel, launch it, and add it to tests/gpu_registry.py"
+    )
+    assert set().union(*map(cuda_kernels, CUDA_SOURCES)) == set(CUDA_WANTS)
+    inline = [path.name for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".cuh", ".h", ".cpp")]
+    assert not [name for name in inline if "__global__" in next((ROOT / "csrc").rglob(name)).read_text()]
 
 
 def test_the_gates_catch_a_spill_and_float64():

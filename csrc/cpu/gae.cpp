@@ -43,7 +43,8 @@ constexpr int64_t kScore = 15;
 
 // What the scan hands from a block to the one on its left, and the row's sums.
 struct Carried {
-  vec16 values = {}, advantage = {}, kl = {};  // advantage: the same number in all lanes
+  vec16 values = {}, advantage = {};  // advantage: the same number in all lanes
+  vec16 kl = {}, kls = {};            // of kBlocks blocks, and of those before
   // Moments of kBlocks blocks, in float: about `pivot`, the mean of those before, so that squares keep their digits.
   vec16 pivot = {}, sum = {}, squares = {};
   ivec16 count = {};  // of each lane, times -1
@@ -171,6 +172,7 @@ FASTPPO_INLINE void add_moments(Carried& k, int64_t count) {
   k.sums[2] += squares + pivot * (2 * sum + n * pivot);
   if (count > 0) k.pivot = splat(static_cast<float>(pivot + sum / n));
   k.sum = k.squares = vec16{}, k.count = ivec16{};
+  k.kls += k.kl, k.kl = vec16{};
 }
 
 // sums: count, sum, sum of squares of the advantages, added to. Returns the KL's sum.
@@ -193,7 +195,7 @@ FASTPPO_INLINE double walk(const GAE& g, const Coefficients& c, const Row& row, 
   if (t > 0) block_of<kShuffle, kMask, kStops>(g, c, row, t, k), add_moments(k, 0);
   double kl = 0;
   for (int i = 0; i < 3; ++i) sums[i] += k.sums[i];
-  for (int i = 0; i < 16; ++i) kl += k.kl[i];
+  for (int i = 0; i < 16; ++i) kl += k.kls[i];
   return kl;
 }
 

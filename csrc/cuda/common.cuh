@@ -24,12 +24,17 @@ namespace fastppo {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kNegInf = -__builtin_huge_valf();
 
 // Text of the last launch's error, nullptr when there was none: what each launcher returns to the bindings.
 inline const char* launch_error() {
   cudaError_t code = cudaGetLastError();
   return code == cudaSuccess ? nullptr : cudaGetErrorString(code);
 }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Decode attention over a paged cache on a GPU (split-KV), and the write into it: kernels/paged_attention.py.
+// Decode attention over a paged cache on a GPU (split-KV): kernels/paged_attention.py. The write into it: cache_write.cu.
 //
 // One block is one (sequence, key/value head, part of kSplit tokens); the query heads of the group are packed: a key or value
 // is loaded once, 16 bytes a lane, and meets all of them. A row of a head is read by kLanes lanes; the groups of lanes take
@@ -12,7 +12,6 @@ namespace {
 constexpr int kSplit = 256;  // kernels/_paged_attention_launch.py: SPLIT
 constexpr int kThreads = 128;
 constexpr int kUnroll = 4;
-constexpr float kNegInf = -__builtin_huge_valf();
 
 struct PagedArgs {
   const void *q, *k, *v;
@@ -26,9 +25,6 @@ struct PagedArgs {
   int window;
 };
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ void from_float(float x, float* out) { *out = x; }
 __device__ __forceinline__ void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16(x); }
 __device__ __forceinline__ void from_float(float x, __half* out) { *out = __float2half(x); }
@@ -259,38 +255,6 @@ const char* launch_lanes(const PagedArgs& a, cudaStream_t stream) {
   return "the head size is above 256";
 }
 
-// 16 bytes a thread.
-template <typename T>
-__global__ void cache_write_kernel(const T* k, const T* v, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,
-                                   T* k_cache, T* v_cache, const int64_t* slots, int KV, int D, bool wide) {
-  constexpr int kVec = 16 / sizeof(T);
-  const int64_t n = blockIdx.x, slot = slots[n];
-  if (slot < 0) return;
-  const int step = wide ? kVec : 1;
-  for (int i = threadIdx.x * step; i < KV * D; i += blockDim.x * step) {
-    const int h = i / D, d = i % D;
-    const T *from_k = k + n * k_token + h * k_head + d, *from_v = v + n * v_token + h * v_head + d;
-    T *to_k = k_cache + slot * KV * D + i, *to_v = v_cache + slot * KV * D + i;
-    if (wide) {
-      *reinterpret_cast<uint4*>(to_k) = *reinterpret_cast<const uint4*>(from_k);
-      *reinterpret_cast<uint4*>(to_v) = *reinterpret_cast<const uint4*>(from_v);
-    } else {
-      *to_k = *from_k, *to_v = *from_v;
-    }
-  }
-}
-
-template <typename T>
-const char* launch_write(uintptr_t k, uintptr_t v, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, uintptr_t k_cache,
-                         uintptr_t v_cache, uintptr_t slots, int64_t N, int KV, int D, cudaStream_t stream) {
-  constexpr int kVec = 16 / sizeof(T);
-  const bool wide = ((k | v | k_cache | v_cache) % 16 == 0) && (k_token | k_head | v_token | v_head | D) % kVec == 0;
-  FASTPPO_LAUNCH(static_cast<unsigned>(N), 128, 0, stream, (cache_write_kernel<T>), reinterpret_cast<const T*>(k),
-                 reinterpret_cast<const T*>(v), k_token, k_head, v_token, v_head, reinterpret_cast<T*>(k_cache),
-                 reinterpret_cast<T*>(v_cache), reinterpret_cast<const int64_t*>(slots), KV, D, wide);
-  return launch_error();
-}
-
 }  // namespace
 
 const char* paged_attention_cuda(uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, uintptr_t v, int dtype,
@@ -310,15 +274,6 @@ const char* paged_attention_cuda(uintptr_t q, int64_t q_token, int64_t q_head, u
   if (dtype == 0) return launch_lanes<float>(a, s);
   if (dtype == 1) return launch_lanes<__nv_bfloat16>(a, s);
   return launch_lanes<__half>(a, s);
-}
-
-const char* cache_write_cuda(uintptr_t k, uintptr_t v, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,
-                             int dtype, uintptr_t k_cache, uintptr_t v_cache, uintptr_t slots, int64_t N, int64_t KV, int64_t D,
-                             uintptr_t stream) {
-  if (N == 0) return nullptr;
-  cudaStream_t s = reinterpret_cast<cudaStream_t>(stream);
-  auto run = dtype == 0 ? launch_write<float> : launch_write<__half>;  // 16-bit values are copied, not looked at
-  return run(k, v, k_token, k_head, v_token, v_head, k_cache, v_cache, slots, N, static_cast<int>(KV), static_cast<int>(D), s);
 }
 
 }  // namespace fastppo
