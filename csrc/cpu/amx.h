@@ -1,6 +1,7 @@
 // AMX bf16 tiles: what the processor has, and the few helpers around them. Elsewhere amx_works() is false.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define FASTPPO_AMX __attribute__((target("arch=x86-64-v4,amx-tile,amx-bf16")))
@@ -16,9 +17,11 @@ namespace fastppo {
 
 #ifdef FASTPPO_AMX
 
-// The processor has the tiles and the kernel lets this process use them (asked for once).
+// The processor has the tiles and the kernel lets this process use them (asked for once); FASTPPO_AMX=0 says no.
 inline bool amx_works() {
   static const bool works = [] {
+    const char* wish = std::getenv("FASTPPO_AMX");
+    if (wish && *wish == '0') return false;
     unsigned a, b, c, d;
     if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
