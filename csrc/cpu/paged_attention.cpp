@@ -49,12 +49,27 @@ struct Rows {  // running softmax of some rows
   }
 };
 
-struct Scratch {
-  std::vector<float> q, s, alpha, part, whole;
-  static Rows rows_in(std::vector<float>& buffer, int64_t rows, int padded) {
-    buffer.resize(rows * (padded + 2));
-    return {buffer.data(), buffer.data() + rows * padded, buffer.data() + rows * (padded + 1)};
+// A buffer that grows. It begins where a line of cache does: vectors that cross one take twice as long.
+class Floats {
+ public:
+  float* at_least(int64_t n) {
+    if (n > 16 * static_cast<int64_t>(lines_.size())) lines_.resize((n + 15) / 16);
+    return reinterpret_cast<float*>(lines_.data());
   }
+
+ private:
+  struct alignas(64) Line {
+    float x[16];
+  };
+  std::vector<Line> lines_;
+};
+
+int64_t floats_of(int64_t rows, int padded) { return (rows * (padded + 2) + 15) / 16 * 16; }
+
+Rows rows_at(float* p, int64_t rows, int padded) { return {p, p + rows * padded, p + rows * (padded + 1)}; }
+
+struct Scratch {
+  Floats q, s, alpha, part, whole;
 };
 
 template <typename T>
@@ -66,7 +81,7 @@ class Worker {
   void run(const Item& item, float* workspace) {
     const int64_t rows = item.count * j.H;
     load_queries(item);
-    Rows part = Scratch::rows_in(s.part, rows, j.padded);
+    Rows part = rows_at(s.part.at_least(floats_of(rows, j.padded)), rows, j.padded);
     if (item.partial >= 0) part = partial(item.partial, workspace);
     if (item.part_end - item.part <= 1) {
       part.clear(rows, j.padded);
@@ -74,7 +89,7 @@ class Worker {
       if (item.partial < 0) write(item, part);
       return;
     }
-    Rows whole = Scratch::rows_in(s.whole, rows, j.padded);
+    Rows whole = rows_at(s.whole.at_least(floats_of(rows, j.padded)), rows, j.padded);
     whole.clear(rows, j.padded);
     for (int i = item.part; i < item.part_end; ++i) {
       part.clear(rows, j.padded);
@@ -86,7 +101,7 @@ class Worker {
 
   // Merges the parts of one decode query, which lie one after the other in the workspace.
   void merge_parts(const Item& first, int parts, float* workspace) {
-    Rows whole = Scratch::rows_in(s.whole, j.H, j.padded);
+    Rows whole = rows_at(s.whole.at_least(floats_of(j.H, j.padded)), j.H, j.padded);
     whole.clear(j.H, j.padded);
     for (int i = 0; i < parts; ++i) merge(whole, partial(first.partial + i, workspace), j.H);
     write(first, whole);
@@ -94,8 +109,7 @@ class Worker {
 
  private:
   Rows partial(int64_t i, float* workspace) const {
-    float* p = workspace + i * j.H * (j.padded + 2);
-    return {p, p + j.H * j.padded, p + j.H * (j.padded + 1)};
+    return rows_at(workspace + i * floats_of(j.H, j.padded), j.H, j.padded);
   }
 
   void merge(Rows whole, Rows part, int64_t rows) const {
@@ -110,11 +124,12 @@ class Worker {
   }
 
   void load_queries(const Item& item) {
-    s.q.assign(item.count * j.H * j.padded, 0.0f);
     float row[kMaxHead];
+    q = s.q.at_least(item.count * j.H * j.padded);
+    if (j.padded > j.D) std::fill(q, q + item.count * j.H * j.padded, 0.0f);
     for (int64_t i = 0; i < item.count; ++i)
       for (int64_t h = 0; h < j.H; ++h) {
-        float* to = s.q.data() + row_of(item, i, h) * j.padded;
+        float* to = q + row_of(item, i, h) * j.padded;
         widen(j.q, j.q_dtype, (item.query + i) * j.q_token + h * j.q_head, j.D, interleaved<T> ? row : to);
         if (interleaved<T>) interleave(row, j.D, to);
       }
@@ -156,38 +171,45 @@ class Worker {
 
   void attend(const Item& item, int part, Rows state) {
     const int rows = static_cast<int>(item.count * group), KV = static_cast<int>(j.KV), D = static_cast<int>(j.D);
-    s.s.resize(j.KV * rows * kChunk), s.alpha.resize(j.KV * rows);
+    float *p = s.s.at_least(j.KV * rows * kChunk), *alpha = s.alpha.at_least(j.KV * rows);
     const Range tokens = tokens_of(item, part);
-    const T *k = static_cast<const T*>(j.k), *v = static_cast<const T*>(j.v);
     int64_t at[2][kChunk];
+    const char *keys[kChunk + kAhead], *values_at[kChunk + kAhead];
     int side = 0;
     int64_t c = tokens.begin / kChunk * kChunk;
     int n = offsets(item.b, c, tokens, at[0]);
     for (; c < tokens.end; c += kChunk, side ^= 1) {
       const int skip = static_cast<int>(std::max(tokens.begin, c) - c), next_n = offsets(item.b, c + kChunk, tokens, at[side ^ 1]);
-      scores(Tokens<T>{k, at[side], skip, n, v, at[side], n, KV, D, j.padded}, s.q.data(), rows, s.s.data());
-      for (int kv = 0; kv < KV; ++kv)
-        for (int r = 0; r < rows; ++r) softmax(item, c, n, kv * rows + r, r, state);
-      values(Tokens<T>{v, at[side], skip, n, k, at[side ^ 1], next_n, KV, D, j.padded}, s.s.data(), s.alpha.data(), state.acc, rows);
+      addresses(j.k, at[side], n, j.v, at[side], n, keys);
+      scores(Tokens<T>{keys, skip, n, KV, D, j.padded}, q, rows, p);
+      for (int row = 0; row < KV * rows; ++row)
+        alpha[row] = softmax(item, c, n, row % rows, p + int64_t(row) * kChunk, state.max + row, state.sum + row);
+      addresses(j.v, at[side], n, j.k, at[side ^ 1], next_n, values_at);
+      values(Tokens<T>{values_at, skip, n, KV, D, j.padded}, p, alpha, state.acc, rows);
       n = next_n;
     }
   }
 
-  void softmax(const Item& item, int64_t c, int n, int row, int r, Rows state) {
+  // Where the n tokens of a chunk lie, and the first kAhead of what is read next, if anything is.
+  static void addresses(const void* now, const int64_t* at, int n, const void* next, const int64_t* next_at, int next_n, const char** to) {
+    const char *a = static_cast<const char*>(now), *b = static_cast<const char*>(next_n ? next : now);
+    for (int t = 0; t < n; ++t) to[t] = a + at[t];
+    for (int t = 0; t < kAhead; ++t) to[n + t] = b + (next_n ? next_at[std::min(t, next_n - 1)] : at[n - 1]);
+  }
+
+  // Scores p of a row into weights; returns the factor of what came before.
+  float softmax(const Item& item, int64_t c, int n, int r, float* p, float* max, float* sum) const {
     int64_t position = item.position + r / group;
     SoftmaxArgs args{j.scale, j.softcap, static_cast<int>(std::max<int64_t>(0, first_visible(position) - c)),
                      static_cast<int>(std::min<int64_t>(n, position + 1 - c))};
-    float* p = s.s.data() + int64_t(row) * kChunk;
-    s.alpha[row] = 1.0f;
-    if (args.lo < args.hi) {
-      s.alpha[row] = softmax_row(p, args, state.max + row, state.sum + row);
-    } else {
-      std::fill(p, p + kChunk, 0.0f);
-    }
+    if (args.lo < args.hi) return softmax_row(p, args, max, sum);
+    std::fill(p, p + kChunk, 0.0f);
+    return 1.0f;
   }
 
   const Job& j;
   Scratch& s;
+  float* q = nullptr;
   const int64_t group, token_bytes;
 };
 
@@ -217,13 +239,12 @@ void plan(const Job& j, std::vector<Item>& items, std::vector<Item>& merges, int
 template <typename T>
 void run(const Job& j) {
   static thread_local std::vector<Item> items, merges;
-  static thread_local std::vector<float> workspace;
+  static thread_local Floats workspace;
   items.clear(), merges.clear();
   int64_t partials, work;
   plan(j, items, merges, &partials, &work);
-  workspace.resize(std::max<int64_t>(workspace.size(), partials * j.H * (j.padded + 2)));
   const std::vector<Item>&todo = items, &split = merges;
-  float* space = workspace.data();
+  float* space = workspace.at_least(partials * floats_of(j.H, j.padded));
   const int64_t n = static_cast<int64_t>(todo.size()), workers = std::min<int64_t>(n, num_threads());
   std::atomic<int64_t> next{0};
   // Items differ in length, so threads take the next one; what an item computes does not depend on who takes it.
