@@ -152,16 +152,15 @@ def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def reduce_gradients(
-    accelerator: "Accelerator", parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 << 20
+    parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 << 20
 ) -> None:
-    """Gradients to their mean over processes, a bucket at a time, for passes that DDP's hooks don't see."""
+    """Gradients to their sum over processes, a bucket at a time, for passes that DDP's hooks don't see."""
     bucket: list[torch.Tensor] = []
     size = 0
     for parameter in [*parameters, None]:
         if bucket and (parameter is None or size >= bucket_bytes or parameter.grad.dtype != bucket[0].dtype):
             flat = torch.cat([grad.flatten() for grad in bucket])
             torch.distributed.all_reduce(flat)
-            flat /= accelerator.num_processes
             for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
             bucket, size = [], 0
@@ -173,34 +172,26 @@ def reduce_gradients(
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def gather_rows(accelerator: "Accelerator", tensor: torch.Tensor) -> torch.Tensor:
-    """The processes' tensors one after the other along dimension 0, in which they may differ; the same on all."""
-    if accelerator.num_processes == 1:
-        return tensor
-    rows = table(accelerator, [len(tensor)])[:, 0].int().tolist()
-    padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    parts = accelerator.gather(padded.contiguous()).split(max(rows))
-    return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
-
-
-def gather_lists(accelerator: "Accelerator", items: list) -> list:
-    """The processes' lists one after the other."""
-    if accelerator.num_processes == 1:
-        return items
-    from accelerate.utils import gather_object
-
-    return gather_object([x.cpu() if isinstance(x, torch.Tensor) else x for x in items])
-
-
 def table(accelerator: "Accelerator", numbers: Sequence[float]) -> torch.Tensor:
     """float64 [processes, numbers] on the CPU: every process's numbers."""
+    return begin_table(accelerator, numbers)()
+
+
+def begin_table(accelerator: "Accelerator", numbers: Sequence[float]) -> Callable[[], torch.Tensor]:
+    """table(), begun here and waited for in the call of what is returned; other work may lie in between."""
     row = torch.tensor(numbers, dtype=torch.float64)
     if accelerator.num_processes == 1:
-        return row[None]
-    if accelerator.device.type == "mps":
-        row = row.float()
-    return accelerator.gather(row.to(accelerator.device)[None]).double().cpu()
+        return lambda: row[None]
+    # a sum with zeros is exact
+    rows = torch.zeros(accelerator.num_processes, len(row), dtype=torch.float64, device=accelerator.device)
+    rows[accelerator.process_index] = row.to(accelerator.device)
+    work = torch.distributed.all_reduce(rows, async_op=True)
+
+    def read() -> torch.Tensor:
+        work.wait()
+        return rows.cpu()
+
+    return read
 
 
 def total(accelerator: "Accelerator", tensor: torch.Tensor) -> torch.Tensor:
@@ -209,18 +200,20 @@ def total(accelerator: "Accelerator", tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Share(NamedTuple):
-    """A mini-batch over all processes. normalizer: its tokens by the number of processes, as gradients are averaged.
+    """A mini-batch over all processes. normalizer: its tokens; by the number of processes where gradients are averaged.
     passes: micro-batches that each process must run."""
 
     normalizer: float
     passes: int
 
 
-def shares(accelerator: "Accelerator", tokens: Sequence[int], passes: Sequence[int]) -> list[Share]:
-    """One Share per mini-batch, from this process's tokens and micro-batches of each."""
+def shares(
+    accelerator: "Accelerator", tokens: Sequence[int], passes: Sequence[int], averaged: bool = True
+) -> list[Share]:
+    """One Share per mini-batch, from this process's tokens and micro-batches of each. averaged: or gradients are added up."""
     numbers = table(accelerator, [*tokens, *passes])
     tokens_M, passes_M = numbers.sum(0)[: len(tokens)], numbers.max(0).values[len(tokens) :]
-    count = accelerator.num_processes
+    count = accelerator.num_processes if averaged else 1
     return [
         Share(max(float(t) / count, 1.0 / count), int(p))
         for t, p in zip(tokens_M.tolist(), passes_M.tolist(), strict=True)

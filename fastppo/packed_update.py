@@ -13,6 +13,7 @@ import torch
 
 from fastppo import determinism, distributed
 from fastppo.data import Experience
+from fastppo.gradients import FlatGradients
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.ppo_loss import STATS, PPOBatch, PPOStats
 from fastppo.packed import Pack, Sequences, head_for, hidden_states, pack, plan, value_head
@@ -66,16 +67,19 @@ class PackedLearner:
         self.hooked = self.kind not in ("single", "ddp")
         self.tolerance = tolerance
         self.mismatch: Mismatch | None = None
-        self.used: list[bool] | None = None  # parameters that had a gradient in the first group that had any
+        self.used: list[bool] = []  # by parameter: whether any process had a gradient of it so far
+        self.flat: FlatGradients | None = None
+        self._foreseen: list[list[distributed.Share]] = []
         self.grad_norm = float("nan")  # of the newest optimizer step, before clipping
 
     def learn(self, group: list[list[int]]) -> list[dict]:
         dropped: set[int] = set()
         if self.engine is not None:
             self.engine.refresh()
+        if not self._foreseen:
+            self.foresee([group])
+        shares = self._foreseen.pop(0)
         micros = [self._packs(rows) for rows in group]
-        tokens = [int(self.sequences.mask_BT[rows].sum()) for rows in group]
-        shares = distributed.shares(self.trainer.accelerator, tokens, [len(packs) for packs in micros])
         while True:
             try:
                 results = [
@@ -88,8 +92,7 @@ class PackedLearner:
                 self._halve_budget(group)
                 micros = [self._packs(rows) for rows in group]
                 continue
-            sums = distributed.share_stats(self.trainer.accelerator, [result.sums for result in results])
-            results = [result._replace(sums=shared) for result, shared in zip(results, sums, strict=True)]
+            results = self._gather(results)
             means = [result.sums.means() for result in results]
             ratios = [mean["ratio"] for mean in means]
             over = {i for i, ratio in enumerate(ratios) if ratio > self.trainer.config.ratio_threshold} - dropped
@@ -102,6 +105,21 @@ class PackedLearner:
         self._check_mismatch(results)
         self._step(group, means)
         return [self._stats(*each) for each in zip(group, results, means, strict=True)]
+
+    def foresee(self, groups: list[list[list[int]]]) -> None:
+        """Exchange the numbers of tokens and passes for the groups that learn() will get, once for all of them."""
+        minibatches = [rows for group in groups for rows in group]
+        tokens = [int(self.sequences.mask_BT[rows].sum()) for rows in minibatches]
+        passes = [len(self._packs(rows)) if self.hooked else 0 for rows in minibatches]
+        shares = iter(distributed.shares(self.trainer.accelerator, tokens, passes, averaged=self.hooked))
+        self._foreseen = [[next(shares) for _ in group] for group in groups]
+
+    def lay_flat(self, neighbours) -> FlatGradients | None:
+        """One buffer for all gradients under DDP, which learn() adds up; None elsewhere. neighbours: as FlatGradients'."""
+        kinds = {(p.dtype, p.device) for p in self.trainer.model_params}
+        if self.kind == "ddp" and len(kinds) == 1:
+            self.flat = FlatGradients(self.trainer.model_params, neighbours)
+        return self.flat
 
     def _packs(self, rows: list[int]) -> list[Pack]:
         """The micro-batches of a mini-batch; those without a token that counts are left out."""
@@ -177,6 +195,40 @@ class PackedLearner:
 
     # --- once per group -----------------------------------------------------------------------------------------------
 
+    def _gather(self, results: list[Result]) -> list[Result]:
+        """Statistics over all processes; beside their exchange gradients are added up. Sets `used`."""
+        parameters = list(self.trainer.model_params)
+        had = [parameter.grad is not None for parameter in parameters]
+        if self.trainer.accelerator.num_processes > 1:
+            sums = [result.sums.sums() for result in results]
+            read = distributed.begin_table(
+                self.trainer.accelerator, [part[name] for part in sums for name in STATS] + had
+            )
+            with distributed.named("the gradients of a mini-batch"):
+                if self.flat is not None:
+                    self.flat.take()
+                    torch.distributed.all_reduce(self.flat.whole)
+                numbers = read()
+            stats = numbers[:, : len(sums) * len(STATS)].view(-1, len(sums), len(STATS))
+            results = [r._replace(sums=PPOStats(tuple(stats[:, i]))) for i, r in enumerate(results)]
+            had = numbers[:, len(sums) * len(STATS) :].any(0).tolist()
+        self.used = [now or before for now, before in zip(had, self.used or [False] * len(had), strict=True)]
+        self._complete(parameters)
+        return results
+
+    def _complete(self, parameters: list[torch.nn.Parameter]) -> None:
+        """A .grad for what is stepped. An unused parameter keeps none, as in torch: weight decay would move it."""
+        # where every mini-batch is dropped: TRL's step on zero gradients (Adam still moves by its momentum)
+        used = self.used if any(self.used) else [True] * len(parameters)
+        for parameter, stepped in zip(parameters, used, strict=True):
+            if not stepped:
+                parameter.grad = None
+            elif parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.kind == "ddp" and self.flat is None:
+            # the packed pass calls the module inside DDP, so that DDP's own hooks don't run
+            distributed.reduce_gradients([p for p in parameters if p.grad is not None])
+
     def _check_mismatch(self, results: list[Result]) -> None:
         """In the first group the weights are still the rollout's: new - old is the mismatch of the two passes."""
         if self.mismatch is not None:
@@ -194,21 +246,7 @@ class PackedLearner:
             )
 
     def _step(self, group: list[list[int]], means: list[dict[str, float]]) -> None:
-        trainer, parameters = self.trainer, list(self.trainer.model_params)
-        ddp = self.kind == "ddp"  # the packed pass calls the module inside DDP, so that DDP's own hooks don't run
-        # an unused parameter keeps no gradient, as in torch: weight decay would move it
-        if self.used is None:
-            used = [parameter.grad is not None for parameter in parameters]
-            used = distributed.table(trainer.accelerator, used).any(0).tolist() if ddp else used
-            self.used = used if any(used) else None
-        # where every mini-batch is dropped: TRL's step on zero gradients (Adam still moves by its momentum)
-        stepped = [p for p, it_is in zip(parameters, self.used or [True] * len(parameters), strict=True) if it_is]
-        for parameter in stepped:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if ddp:
-            distributed.reduce_gradients(trainer.accelerator, stepped)
-        done, self.grad_norm = apply_step(trainer, (group, means))
+        done, self.grad_norm = apply_step(self.trainer, (group, means), agreed=True)
         if not done:
             self._forget()
 

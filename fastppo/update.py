@@ -62,11 +62,18 @@ def optimise(
     learn: Callable[[list[list[int]]], list[dict]],
     early_stop: Callable[[float], bool],
     count: int | None = None,
+    foresee: Callable[[list[list[list[int]]]], None] | None = None,
 ) -> list[dict]:
-    """Run the epochs; learn(group) makes one optimizer step and returns the statistics of its mini-batches."""
+    """Run the epochs; learn(group) makes one optimizer step and returns the statistics of its mini-batches.
+
+    foresee: gets an epoch's groups before it begins.
+    """
     stats = []
     for _ in range(config.ppo_epochs):
-        for group in groups(config, count):
+        epoch = list(groups(config, count))
+        if foresee is not None:
+            foresee(epoch)
+        for group in epoch:
             stats += learn(group)
         if early_stop(float(stats[-1]["policy/policykl"])):
             break
@@ -129,10 +136,11 @@ class Applied(NamedTuple):
     grad_norm: float
 
 
-def apply_step(trainer, group) -> Applied:
+def apply_step(trainer, group, agreed: bool = False) -> Applied:
     """Clip the gradients, check them, step the optimizer.
 
     group: (rows of each mini-batch, PPOStats.means() of each) for the guard's words.
+    agreed: these and the gradients are those of all processes, so that all find the same without asking.
     """
     accelerator, config = trainer.accelerator, trainer.config
     accelerator.gradient_state._set_sync_gradients(True)
@@ -142,7 +150,7 @@ def apply_step(trainer, group) -> Applied:
     try:
         # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
         fine = all(trainer._guard.allows(what, value, rows, trainer._steps_done) for what, value, rows in watched)
-        if trainer.is_distributed:
+        if trainer.is_distributed and not agreed:
             everywhere = accelerator.gather(torch.tensor([float(fine)], device=trainer.current_device))
             fine = bool(everywhere.all())
         if fine:

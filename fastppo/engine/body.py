@@ -19,6 +19,7 @@ from fastppo.engine import kernels
 from fastppo.engine.kernels import Normed, NormGradients, Where
 from fastppo.engine.spec import Block, Matrix, Spec
 from fastppo.engine.weights import Gradients, Weights
+from fastppo.gradients import FlatGradients
 
 
 class Inputs(NamedTuple):
@@ -76,10 +77,10 @@ class _Rows(NamedTuple):
 class Body:
     """One model's body in one compute dtype; `train` says whether gradients will be asked for."""
 
-    def __init__(self, spec: Spec, dtype: torch.dtype, train: bool):
+    def __init__(self, spec: Spec, dtype: torch.dtype, train: bool, flat: FlatGradients | None = None):
         self.spec, self.dtype = spec, dtype
         self.weights = Weights(spec, dtype, keep=train)
-        self.gradients = Gradients()
+        self.gradients = Gradients(flat)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 

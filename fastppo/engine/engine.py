@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastppo.engine.body import Body, Inputs
 from fastppo.engine.spec import Spec, read
+from fastppo.gradients import FlatGradients
 from fastppo.kernels._backend import extension
 from fastppo.kernels.linear_logprob import Head, Scales, linear_logprob
 from fastppo.kernels.linear_ppo_loss import Chunk, Loss, Rows, chunk_rows, close_ranks, cpu_chunk
@@ -95,9 +96,9 @@ class Engine:
         return True
 
     @contextlib.contextmanager
-    def started(self, dtype: torch.dtype) -> Iterator["Engine"]:
-        """Copies of weights and gradient buffers live inside."""
-        self._body = Body(self.spec, dtype, train=True)
+    def started(self, dtype: torch.dtype, flat: FlatGradients | None = None) -> Iterator["Engine"]:
+        """Copies of weights and gradient buffers live inside. flat: where gradients go."""
+        self._body = Body(self.spec, dtype, train=True, flat=flat)
         try:
             yield self
         finally:

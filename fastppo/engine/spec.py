@@ -62,6 +62,11 @@ class Spec:
                 yield from (p for p in (matrix.weight, matrix.bias) if p is not None)
         yield from (p for p in (self.norm.weight_D, self.norm.bias_D) if p is not None)
 
+    def neighbours(self) -> list[list[nn.Parameter | None]]:
+        """Parameters whose gradients come as one matrix (or one vector: biases)."""
+        sides = [side for block in self.blocks for side in (block.qkv, block.up) if len(side) > 1]
+        return [part for side in sides for part in ([m.weight for m in side], [m.bias for m in side])]
+
 
 class _Unknown(Exception):
     """The model has something that the engine does not compute."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastppo.engine import kernels
 from fastppo.engine.spec import Matrix, Spec
+from fastppo.gradients import FlatGradients
 
 # below this size copies of the weights cost less than the calls that they save
 SIDE_BY_SIDE_BYTES = 16 * 2**20
@@ -113,9 +114,10 @@ class Weights:
 
 
 class Gradients:
-    """Where gradients of parameters go: into .grad, in buffers that outlive zero_grad()."""
+    """Where gradients of parameters go: into .grad, in buffers that outlive zero_grad(); in `flat` where it has a place."""
 
-    def __init__(self):
+    def __init__(self, flat: FlatGradients | None = None):
+        self._flat = flat
         self._buffers: dict[nn.Parameter, Tensor] = {}
         self._blocks: dict[nn.Parameter, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
@@ -126,7 +128,8 @@ class Gradients:
         if parameter.grad is not None:
             return parameter.grad, True
         if parameter not in self._buffers:
-            self._buffers[parameter] = torch.empty_like(parameter, requires_grad=False)
+            own = None if self._flat is None else self._flat.views.get(parameter)
+            self._buffers[parameter] = torch.empty_like(parameter, requires_grad=False) if own is None else own
         parameter.grad = self._buffers[parameter]
         return parameter.grad, False
 
@@ -138,9 +141,7 @@ class Gradients:
         if any(p is None or not p.requires_grad for p in parameters):
             return None, False
         if parameters[0] not in self._blocks:
-            rows = [len(p) for p in parameters]
-            whole = torch.empty(sum(rows), *parameters[0].shape[1:])
-            self._blocks[parameters[0]] = whole, whole.split(rows)
+            self._blocks[parameters[0]] = self._one_below_the_other(parameters)
         whole, parts = self._blocks[parameters[0]]
         grads = [p.grad for p in parameters]
         if all(grad is part for grad, part in zip(grads, parts, strict=True)):
@@ -150,6 +151,14 @@ class Gradients:
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part
         return whole, False
+
+    def _one_below_the_other(self, parameters: list[nn.Parameter]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        whole = None if self._flat is None else self._flat.matrix(parameters)
+        if whole is not None:
+            return whole, tuple(self._flat.views[p] for p in parameters)
+        rows = [len(p) for p in parameters]
+        whole = torch.empty(sum(rows), *parameters[0].shape[1:])
+        return whole, whole.split(rows)
 
     def add_product(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
         """parameter.grad += a b"""

@@ -153,10 +153,11 @@ class PackedPath:
     def _run(self, learner: PackedLearner) -> list[dict]:
         t, rows = self.trainer, len(self._sequences.tokens)
         if engine := self._engines.of(t.model):
-            with engine[0].started(engine[1]) as learner.engine:
-                return update.optimise(t.config, learner.learn, t._early_stop, rows)
+            flat = learner.lay_flat(engine[0].spec.neighbours())
+            with engine[0].started(engine[1], flat) as learner.engine:
+                return update.optimise(t.config, learner.learn, t._early_stop, rows, learner.foresee)
         with attention.install(t.model):
-            return update.optimise(t.config, learner.learn, t._early_stop, rows)
+            return update.optimise(t.config, learner.learn, t._early_stop, rows, learner.foresee)
 
     def _warn_mismatch(self) -> None:
         if self._mismatch.mean > self.trainer.config.max_mismatch:

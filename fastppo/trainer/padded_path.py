@@ -25,8 +25,8 @@ def shape_rewards(trainer, sequences, scores_B, tensors, reward, clock: Clock, f
             rewards, non_score, kls = reward()
         with clock.stage("compute_advantages"):
             values, advantages, returns = trainer.compute_advantages(values, rewards, mask)
-    for name, x in (("log-prob", logprobs), ("reference log-prob", ref_logprobs), ("return", returns)):
-        with distributed.together(trainer.accelerator, f"the check of every {name}"):
+    with distributed.together(trainer.accelerator, "the check of every log-prob and return"):
+        for name, x in (("log-prob", logprobs), ("reference log-prob", ref_logprobs), ("return", returns)):
             check_finite(name, torch.where(mask, x, 0.0))
     return Experience(
         queries=sequences[0],

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from fastppo import determinism, distributed, experience, metrics, update
+from fastppo import determinism, distributed, experience, gathering, metrics, update
 from fastppo.core import PPODecorators, convert_to_scalar, set_seed, stack_dicts, stats_to_np
 from fastppo.rollout import decode_options
 from fastppo.score import NonFinite, check_finite, restore, shape_scores, snapshot
@@ -210,8 +210,7 @@ class PPOTrainer(BaseTrainer):
     def _statistics(self, batch, train_stats: list[dict]) -> dict:
         """Of the sequences of all processes; the mini-batches' own are so already, but for their per-token arrays."""
         stacked = metrics.flat_train_stats(stack_dicts(train_stats))
-        for name in ("policy/advantages", "policy/ratio"):
-            stacked[name] = distributed.gather_rows(self.accelerator, stacked[name][0])[None]
+        flat = {name: stacked[name][0] for name in ("policy/advantages", "policy/ratio")}
         tensors = {
             "scores": batch.scores_B,
             "logprobs": batch.logprobs_BT,
@@ -220,10 +219,13 @@ class PPOTrainer(BaseTrainer):
             "masks": batch.mask_BT,
             "kls": batch.kl_BT,
         }
-        tensors = {name: distributed.gather_rows(self.accelerator, x) for name, x in tensors.items()}
-        texts = {"queries": batch.queries, "responses": batch.responses}
-        texts = {name: distributed.gather_lists(self.accelerator, x) for name, x in texts.items()}
-        stats = stats_to_np(self.record_step_stats(kl_coef=self.kl_ctl.value, train_stats=stacked, **tensors, **texts))
+        lists = {"queries": batch.queries, "responses": batch.responses}
+        if self.is_distributed:
+            everyones = gathering.gather(self.accelerator, flat | tensors | gathering.flat_lists(lists))
+            stacked |= {name: everyones[name][None] for name in flat}
+            tensors = {name: everyones[name] for name in tensors}
+            lists = {name: gathering.list_of(everyones, name) for name in lists}
+        stats = stats_to_np(self.record_step_stats(kl_coef=self.kl_ctl.value, train_stats=stacked, **tensors, **lists))
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         return stats
 
