@@ -1,8 +1,10 @@
 """Weak scaling on a CPU: the whole loop in one process with one thread, and in two over gloo (DDP) with one thread each.
 
+Two processes that know nothing of each other run as well: what they lose is the machine's (memory, clock), not fastppo's.
+
 python bench/bench_scaling.py [--rounds 7] [--workload tiny] [--mini-batch 4] [--no-csv]
-Every process has its own batch, so that two do twice the work per step; ideal is twice the tokens per second. One and two
-processes take turns, an iteration each; the one that isn't asked waits on its standard input.
+Every process has its own batch, so that two do twice the work per step; ideal is twice the tokens per second. The three
+take turns, an iteration each; those that aren't asked wait on their standard input.
 """
 
 import argparse
@@ -14,6 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
 from bench_loop import MODELS, Side
+
+
+def alone(spec: dict) -> Side:
+    return Side("alone", sys.executable, "fastppo", spec, variables=COMMON)
 
 
 def pair(spec: dict, processes: int = 2) -> list[Side]:
@@ -63,23 +69,23 @@ def main(argv: list[str] | None = None) -> float:
     name, _, ragged = options.workload.partition("-")
     spec = {"model": name, "batch": MODELS[name], "ragged": bool(ragged), "stage": "loop", "threads": 1}
     spec["config"] = {"accelerator_kwargs": {"cpu": True}, "mini_batch_size": options.mini_batch}
-    groups = {1: [Side("alone", sys.executable, "fastppo", spec, variables=COMMON)], 2: pair(spec)}
+    groups = {"one process": [alone(spec)], "two unrelated processes": [alone(spec), alone(spec)]}
+    groups["fastppo 2 processes"] = pair(spec)
     for round_ in range(options.warmup + options.rounds):
         for sides in groups.values():
             iteration(sides, keep=round_ >= options.warmup)
     rows = []
-    for count, sides in groups.items():
+    for variant, sides in groups.items():
         for side in sides:
             side.close()
         stages = ", ".join(
             f"{words} {seconds(sides, key):.3f} s" for words, key in (("generate", "gen_s"), ("step", "step_s"))
         )
         spent = sum(seconds(sides, key) for key in ("gen_s", "step_s"))
-        gain = rate(sides) / rate(groups[1])
+        gain = rate(sides) / rate(groups["one process"])
         note = (
             f"{rate(sides):.1f} response tok/s of all processes; {stages}; one thread each; median of {options.rounds}"
         )
-        variant = "one process" if count == 1 else f"fastppo {count} processes"
         rows.append({"variant": variant, "ms": f"{spent * 1e3:.1f}", "speedup": f"{gain:.2f}", "note": note})
         if options.csv:
             harness.write_row(

@@ -66,16 +66,18 @@ def optimise(
 ) -> list[dict]:
     """Run the epochs; learn(group) makes one optimizer step and returns the statistics of its mini-batches.
 
-    foresee: gets an epoch's groups before it begins.
+    foresee: gets the groups of all epochs before the first begins.
     """
-    stats = []
+    stats, epochs = [], []
     for _ in range(config.ppo_epochs):
-        epoch = list(groups(config, count))
-        if foresee is not None:
-            foresee(epoch)
+        epochs.append((list(groups(config, count)), np.random.get_state()))
+    if foresee is not None:
+        foresee([group for epoch, _ in epochs for group in epoch])
+    for epoch, drawn in epochs:
         for group in epoch:
             stats += learn(group)
         if early_stop(float(stats[-1]["policy/policykl"])):
+            np.random.set_state(drawn)  # as if the epochs that are left out had not been drawn
             break
     return stats
 

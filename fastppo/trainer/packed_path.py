@@ -41,22 +41,20 @@ class PackedPath:
 
     def prepare(self, queries, responses, scores_B, response_masks, clock: Clock) -> Experience:
         t = self.trainer
-        left, width = t.tokenizer.padding_side == "left", self._width(queries, responses)
+        taken = t._rollouts.find(queries, responses)
+        own_width = max(len(q) + len(r) for q, r in zip(queries, responses, strict=True)) - 1
+        rows, width, found = distributed.table(t.accelerator, [len(queries), own_width, taken is not None]).T
+        t._rows = int(rows.sum())
+        # as wide as the longest sequence of all processes: statistics have a row for each sequence of all
+        left, width = t.tokenizer.padding_side == "left", int(width.max())
         self._sequences = packed.sequences(queries, responses, response_masks, left, width)
         self._mismatch = None
         with clock.stage("forward_pass"), update.eval_mode(t.model, t.ref_model), t.accelerator.autocast():
             ref_logprobs = self._score(self._reference(), with_values=False)[0]
             kl_BT = self._full_kl() if t.config.kl_penalty == "full" else None
-            taken = t._rollouts.find(queries, responses)
-            everywhere = bool(distributed.table(t.accelerator, [taken is not None]).all())
-            logprobs, values, from_rollout = self._old(taken if everywhere else None)
+            logprobs, values, from_rollout = self._old(taken if bool(found.all()) else None)
         self._parts = ((queries, responses), scores_B, ref_logprobs, kl_BT, clock)
         return self._experience(logprobs, values, from_rollout)
-
-    def _width(self, queries, responses) -> int:
-        """Predicted positions of the longest sequence, over all processes: statistics have a row for each sequence of all."""
-        width = max(len(q) + len(r) for q, r in zip(queries, responses, strict=True)) - 1
-        return int(distributed.table(self.trainer.accelerator, [width]).max())
 
     def _experience(self, logprobs, values, from_rollout: bool) -> Experience:
         t, mask = self.trainer, self._sequences.mask_BT

@@ -59,6 +59,7 @@ class PaddedPath:
             raise ValueError(
                 f"PPOTrainer.step: the processes have {rows} sequences; padded batches need {t.config.batch_size} on each"
             )
+        t._rows = sum(rows)
         inputs = self._inputs(queries, responses)
         full = t.config.kl_penalty == "full"
         batch = (queries, responses, inputs)

@@ -76,7 +76,7 @@ class PPOTrainer(BaseTrainer):
         self._rollouts, self._generators = responses.RolloutCache(), {}
         self._generated = metrics.Generated()  # since the last step()
         self._path = choose_path(self, default_collator=training_data_collator is None)
-        self._rows = config.batch_size  # sequences of this step over all processes
+        self._rows = config.batch_size  # sequences of this step over all processes; the path counts them
 
     # --- generate -----------------------------------------------------------------------------------------------------
 
@@ -153,7 +153,6 @@ class PPOTrainer(BaseTrainer):
             queries, responses, scores, response_masks = checked
             if not self.is_encoder_decoder:
                 checks.check_lengths(self.accelerator.unwrap_model(self.model), queries, responses)
-        self._rows = int(distributed.table(self.accelerator, [len(queries)]).sum())
         moments = snapshot(self.running)
         try:
             scores_B = torch.stack(scores)
