@@ -151,9 +151,7 @@ def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: full_tensor(x).cpu() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
 
 
-def reduce_gradients(
-    parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 << 20
-) -> None:
+def reduce_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 << 20) -> None:
     """Gradients to their sum over processes, a bucket at a time, for passes that DDP's hooks don't see."""
     bucket: list[torch.Tensor] = []
     size = 0
