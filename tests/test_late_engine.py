@@ -5,7 +5,8 @@ import torch
 from late_cases import trainer
 from sft_cases import make_model
 
-from fastppo.experimental.ppo import engines
+from fastppo.experimental.ppo import engines, updates
+from fastppo.generation import fast_path
 
 
 def gpt2(kind: str):
@@ -46,6 +47,15 @@ def test_weights_are_those_of_autograd(tmp_path, monkeypatch, family, value):
     first, second = (made.state.log_history for made in (fused, plain))
     for name in ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "val/ratio", "grad_norm"):
         assert [x[name] for x in first] == pytest.approx([x[name] for x in second], rel=2e-2, abs=1e-4), name
+
+
+@pytest.mark.parametrize("least", [1, 2**30])
+def test_large_packed_weights_of_the_rollout_are_given_back_before_learning(tmp_path, monkeypatch, least):
+    made = trainer(tmp_path, value=False, total_episodes=8)
+    monkeypatch.setattr(updates, "GIVE_BACK_BYTES", least)
+    made.train()
+    (program,) = fast_path._TRACES[made.policy_model].values()
+    assert bool(program.packed) is (least > 1)
 
 
 def test_adapters_run_their_own_modules(tmp_path):

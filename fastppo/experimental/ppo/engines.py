@@ -5,7 +5,7 @@ Suffixes: R response tokens of a pack, D hidden.
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from fastppo.experimental.ppo.ppo_trainer import PPOTrainer
 
 logger = logging.getLogger(__name__)
+
+# scored in one pass: more would take memory, and no less time (measured: 384, 768 and 1536 tokens of a 4.6 M GPT-2 take the same)
+SCORED_TOKENS = 1024
 
 
 class Classifier:
@@ -157,13 +160,17 @@ def readers(trainer: "PPOTrainer") -> tuple[Reader, Reader, Reader]:
     """Log-probs of the policy, of the reference, values."""
     value = Reader(trainer.value, trainer.value.packed.attention)
     if fused := fused_of(trainer):
-        policy, reference = (Reader(partial(_logprob, engine)) for engine in (fused.policy, fused.reference))
-        return policy, reference, value if fused.separate is None else Reader(fused.separate.score_pack)
+        policy, reference = (_reader(partial(_logprob, engine)) for engine in (fused.policy, fused.reference))
+        return policy, reference, value if fused.separate is None else _reader(fused.separate.score_pack)
     policy, reference = (
         Reader(partial(scored.logprob, temperature=trainer._score_temperature), scored.packed.attention)
         for scored in (trainer.policy, trainer.reference or trainer.policy)
     )
     return policy, reference, value
+
+
+def _reader(read: Callable[[packed.Pack], torch.Tensor]) -> Reader:
+    return Reader(read, tokens=SCORED_TOKENS)
 
 
 def _logprob(engine: Engine, pack: packed.Pack) -> torch.Tensor:

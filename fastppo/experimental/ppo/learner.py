@@ -19,7 +19,7 @@ from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.logprob import logprob
 from fastppo.kernels.ppo_loss import PPOBatch, PPOStats, ppo_loss
 from fastppo.models.head import checked_output_head, output_head
-from fastppo.packed import Pack, Sequences, pack
+from fastppo.packed import Pack, Sequences, pack, plan
 from fastppo.packed_model import PackedModel
 from fastppo.packed_update import PackedLearner, Result
 from fastppo.packing import PackedBatch
@@ -113,20 +113,22 @@ def chunks(lengths: list[int], rows: list[int], size: int) -> Iterator[list[int]
 
 
 class Reader(NamedTuple):
-    """read(pack) -> [R] at its response tokens, inside `context()`."""
+    """read(pack) -> [R] at its response tokens, inside `context()`. tokens: most in a pack; None: any number."""
 
     read: Callable[[Pack], torch.Tensor]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    tokens: int | None = None
 
 
 @torch.no_grad()
 def score(reader: Reader, data: Sequences, size: int) -> torch.Tensor:
-    """[B, T]: what is read at the response tokens, 0 elsewhere; `size` sequences at a time."""
+    """[B, T]: what is read at the response tokens, 0 elsewhere; at most `size` sequences at a time."""
     out_BT = torch.zeros(data.shape, device=data.mask_BT.device)
     with reader.context():
-        for rows in chunks(data.lengths, range(len(data.tokens)), size):
-            packed = pack(data, rows, only_counting=False)
-            out_BT.view(-1)[packed.flat_R] = reader.read(packed).float()
+        for chunk in chunks(data.lengths, range(len(data.tokens)), size):
+            for rows in plan(data.lengths, chunk, reader.tokens):
+                packed = pack(data, rows, only_counting=False)
+                out_BT.view(-1)[packed.flat_R] = reader.read(packed).float()
     return out_BT
 
 

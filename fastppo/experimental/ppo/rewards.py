@@ -17,7 +17,7 @@ from torch import nn
 
 from fastppo.engine.body import Inputs
 from fastppo.engine.spec import Spec
-from fastppo.experimental.ppo.engines import Classifier
+from fastppo.experimental.ppo.engines import SCORED_TOKENS, Classifier
 from fastppo.experimental.ppo.models import check_scorer
 from fastppo.packed_model import PackedModel
 from fastppo.packing import PackedBatch, pack
@@ -89,9 +89,11 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, judged: Judged) -> torch.Tensor:
-        scores, parts = [], (judged.tokens_BL.split(self.chunk), judged.mask_BL.split(self.chunk))
         device, pad = next(self.model.parameters()).device, self._packed.inner.config.pad_token_id
         spec = "autocast" if torch.is_autocast_enabled(device.type) else self._engine.read()
+        longest = judged.tokens_BL.shape[1]
+        rows = self.chunk if isinstance(spec, str) else max(1, min(self.chunk, SCORED_TOKENS // longest))
+        scores, parts = [], (judged.tokens_BL.split(rows), judged.mask_BL.split(rows))
         with self._packed.attention() if isinstance(spec, str) else contextlib.nullcontext():
             for tokens_BL, mask_BL in zip(*parts, strict=True):
                 tokens_BL, mask_BL = tokens_BL.to(device), mask_BL.to(device)

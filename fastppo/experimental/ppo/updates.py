@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastppo import distributed
+from fastppo import attention, distributed
 from fastppo.data import Experience, Rollout
 from fastppo.experience import advantages_and_returns, kl_rewards
 from fastppo.experimental.ppo import learner
 from fastppo.experimental.ppo.engines import fused_of, readers
 from fastppo.experimental.ppo.rewards import Judged
+from fastppo.generation.fast_path import give_back
 from fastppo.packed import Sequences
+from fastppo.trainer.packed_path import GIVE_BACK_BYTES
 
 if TYPE_CHECKING:
     from fastppo.experimental.ppo.ppo_trainer import PPOTrainer
@@ -119,6 +121,7 @@ def prepare(trainer: "PPOTrainer", rollout: Rollout, scores_B: torch.Tensor) -> 
 def optimise(trainer: "PPOTrainer", experience: Experience, data: Sequences, number: int) -> learner.Learner:
     """args.num_ppo_epochs times over the batch, one optimizer step per mini-batch; the learner's `steps` tell of them."""
     args = trainer.args
+    give_back(attention.unwrap(trainer.policy_model), GIVE_BACK_BYTES)
     draw = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
     made = learner.Learner(trainer, data, experience)
     with made.started(fused_of(trainer)):
