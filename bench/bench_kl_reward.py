@@ -1,7 +1,7 @@
 """kl_reward alone (in training it is fused into gae.shaped_gae) against eager PyTorch."""
 
 import torch
-from harness import arguments, compare, report
+from harness import arguments, compare, graph_ms, report
 
 from fastppo.kernels.kl_reward import kl_reward
 
@@ -16,9 +16,11 @@ def main():
         x = (*torch.randn(2, B, T, device=device), torch.rand(B, T, device=device) < 0.9, torch.randn(B, device=device))
         run = lambda backend, x=x: kl_reward(*x, kl_coef=0.2, backend=backend)  # noqa: E731
         runs = {"ours": lambda run=run: run(None), "torch": lambda run=run: run("reference")}
-        medians_ms = compare(runs, rounds=options.rounds, device=device)
-        size = B * T * BYTES_PER_TOKEN
-        report("kl_reward", f"[{B}, {T}]", torch.float32, medians_ms, device=device, bytes=size, csv=options.csv)
+        on_gpu = device.type == "cuda"
+        medians_ms = compare(runs, rounds=options.rounds, device=device, cold=on_gpu)
+        note = f"cold L2; warm in a graph {1e3 * graph_ms(runs['ours']):.2f} us" if on_gpu else ""
+        show = dict(device=device, bytes=B * T * BYTES_PER_TOKEN, csv=options.csv, note=note)
+        report("kl_reward", f"[{B}, {T}]", torch.float32, medians_ms, **show)
 
 
 if __name__ == "__main__":

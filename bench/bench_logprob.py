@@ -55,7 +55,7 @@ def main():
             tokens_N = torch.randint(0, V, (N,), device=device)
             for note, make, passes in (("forward", forwards, 1), ("backward", backwards, 2)):
                 fns = make(backends, logits_NV.detach().requires_grad_(note == "backward"), tokens_N)
-                medians_ms = compare(fns, rounds=options.rounds, device=device)
+                medians_ms = compare(fns, rounds=options.rounds, device=device, cold=device.type == "cuda")
                 size = passes * logits_NV.nbytes
                 show = dict(device=device, bytes=size, note=note, csv=options.csv)
                 report("logprob", f"[{N}, {V}]", dtype, medians_ms, **show)

@@ -44,7 +44,8 @@ def run(B, V, dtype, name, sample_options, options):
     fns["torch"] = lambda: torch_sample(logits_BV, sample_options)
     if not (sample_options.top_k == 1 or sample_options.temperature == 0):
         fns["softmax + sort + multinomial"] = lambda: torch_softmax_sort_multinomial(logits_BV, sample_options)
-    medians = compare(fns, rounds=options.rounds, warmup=1, device=options.device)
+    cold = options.device.type == "cuda"
+    medians = compare(fns, rounds=options.rounds, warmup=1, device=options.device, cold=cold)
     bytes = B * V * logits_BV.element_size()
     report("sampling", f"[{B}, {V}]", dtype, medians, device=options.device, bytes=bytes, note=name, csv=options.csv)
 

@@ -29,6 +29,7 @@ case $device in cuda | cpu) ;; *) echo "gpu_suite: --device must be cuda or cpu;
 python=${PYTHON:-python3}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # compute-sanitizer lies beside nvcc
 [ -z "$dry" ] && mkdir -p "$out" && out=$(cd "$out" && pwd)
 status=$out/status.csv log=$out/log.txt
 rows=$(mktemp -d) && trap 'rm -rf "$rows"' EXIT

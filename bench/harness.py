@@ -14,15 +14,15 @@ import functools
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from timing import call_us, compare, cpu_sample_ms, gpu_sample_ms, graph_ms
 
+__all__ = ["arguments", "call_us", "compare", "graph_ms", "print_table", "report", "write_row"]
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "bench" / "results"
@@ -68,96 +68,6 @@ CEILING_SIZES = {"cpu rows": 1 << 17, "cuda bytes": 1 << 30, "cpu edge": 2048, "
 QUICK_CEILING_SIZES = {"cpu rows": 1 << 10, "cuda bytes": 1 << 26, "cpu edge": 256, "cuda edge": 2048}
 
 
-# --- time ---
-
-
-def compare(
-    fns: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int = 20,
-    warmup: int = 3,
-    device: torch.device | str = "cpu",
-    cold: bool = False,
-) -> dict[str, float]:
-    """Median milliseconds of each callable, run in turn in every round so that drift hits all alike.
-
-    Short callables are repeated within a sample, on a CPU until it lasts 10 ms: threads and caches are then as warm as those
-    of the longer callables it takes turns with. On a GPU: device time between events; cold=True overwrites the L2
-    cache before each sample (a memory-bound op in a training step finds its inputs in DRAM).
-    """
-    device = torch.device(device)
-    if device.type == "cpu":
-        spread_threads()
-    sample = functools.partial(_gpu_sample_ms, cold=cold) if device.type == "cuda" else _cpu_sample_ms
-    repeats = {}
-    for name, fn in fns.items():
-        for _ in range(warmup):
-            fn()
-        once = sample(fn, 1)
-        lasts_ms = 1.0 if device.type == "cuda" else 10.0
-        repeats[name] = 1 if cold else max(1, min(1000, int(lasts_ms / max(once, 1e-4))))
-    samples = {name: [] for name in fns}
-    for _ in range(rounds):
-        for name, fn in fns.items():
-            samples[name].append(sample(fn, repeats[name]))
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-@functools.cache
-def spread_threads() -> None:
-    """Half a second of work: a new pool's threads may stand on one core, spinning, until the scheduler parts them."""
-    x, until = torch.ones(1 << 22), time.perf_counter() + 0.5
-    while time.perf_counter() < until:
-        x.add_(1.0)
-
-
-def _cpu_sample_ms(fn, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        fn()
-    return (time.perf_counter() - start) * 1e3 / repeats
-
-
-def _gpu_sample_ms(fn, repeats: int, cold: bool) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    if cold:
-        _l2_flush_buffer().zero_()
-    start.record()
-    for _ in range(repeats):
-        fn()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats
-
-
-@functools.cache
-def _l2_flush_buffer() -> torch.Tensor:
-    return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-
-
-def graph_ms(fn: Callable[[], object], *, repeats: int = 20, rounds: int = 20) -> float:
-    """Median device milliseconds of `fn` replayed from a CUDA graph: launch cost from Python taken out."""
-    for _ in range(3):
-        fn()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            fn()
-    return compare({"graph": graph.replay}, rounds=rounds, device="cuda")["graph"] / repeats
-
-
-def call_us(fn: Callable[[], object], *, calls: int = 200) -> float:
-    """Median microseconds that Python spends in one call, not waiting for a GPU."""
-    spent = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        fn()
-        spent.append(time.perf_counter() - start)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return statistics.median(spent) * 1e6
-
-
 # --- ceilings ---
 
 
@@ -170,7 +80,7 @@ def bandwidth_gbs(device_type: str) -> float:
         return 2 * source.numel() / ms / 1e6
     x, row = torch.ones(CEILING_SIZES["cpu rows"], 1 << 10), torch.ones(1 << 10)
     reads = {"sum": x.sum, "mv": lambda: torch.mv(x, row), "dot": lambda: torch.dot(x.view(-1), x.view(-1))}
-    best_ms = min(_cpu_sample_ms(fn, 1) for _ in range(8) for fn in reads.values())
+    best_ms = min(cpu_sample_ms(fn, 1) for _ in range(8) for fn in reads.values())
     return x.numel() * 4 / best_ms / 1e6
 
 
@@ -181,7 +91,7 @@ def matmul_tflops(device_type: str, dtype: torch.dtype) -> float:
     dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
     a, b = (torch.randn(n, n, device=device_type).to(dtype) for _ in range(2))
     products = {"a @ b": lambda: a @ b, "linear": lambda: torch.nn.functional.linear(a, b)}
-    sample = functools.partial(_gpu_sample_ms, cold=False) if device_type == "cuda" else _cpu_sample_ms
+    sample = functools.partial(gpu_sample_ms, cold=False) if device_type == "cuda" else cpu_sample_ms
     best_ms = min(sample(fn, 1) for _ in range(6) for fn in products.values())
     return 2 * n**3 / best_ms / 1e9
 

@@ -15,7 +15,6 @@ Bound by memory: 9 bytes read (13 when shaping) and 8 written per token. Same bi
 Schulman et al. 2016, equation 16; the scan's composition rule: Blelloch 1990.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ import torch
 from fastppo.kernels import _recycle
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels._gae_triton import gae_kernel
+from fastppo.kernels._tickets import current_stream, ticket
 from fastppo.kernels._triton import triton
 from fastppo.kernels.kl_reward import KINDS, check_kind, check_tensors, kl_reward_reference
 
@@ -140,31 +140,24 @@ class _Inputs(NamedTuple):
 # --- launchers: (_Inputs, ShapedGAEOptions) -> advantages, returns, kl_B or None, moments_3 ---
 
 
-@functools.cache
-def _ticket(device: torch.device, stream: int) -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
 def _gpu_outputs(x: _Inputs, stream: int):
     """advantages, returns, kl_B or None, moments_3, the rows' partial moments, and the stream's counter (0 between launches)."""
     values_BT, B = x.values_BT, x.rows
     work = torch.empty(4 * B + 3, dtype=torch.float32, device=values_BT.device)
     kl_B = None if x.scores_B is None else work[3 * B : 4 * B]
     moments_3 = work[4 * B :]
-    ticket = _ticket(values_BT.device, stream)
-    return torch.empty_like(values_BT), torch.empty_like(values_BT), kl_B, moments_3, work, ticket
+    counter = ticket(values_BT.device, stream)
+    return torch.empty_like(values_BT), torch.empty_like(values_BT), kl_B, moments_3, work, counter
 
 
 def _launch_triton(x: _Inputs, o: ShapedGAEOptions):
     B, packed = x.rows, x.cu_seqlens is not None
-    device = x.values_BT.device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    advantages_BT, returns_BT, kl_B, moments_3, work, ticket = _gpu_outputs(x, stream)
+    advantages_BT, returns_BT, kl_B, moments_3, work, counter = _gpu_outputs(x, current_stream(x.values_BT.device))
     if B == 0:
         return advantages_BT, returns_BT, kl_B, moments_3.zero_()
     T = 0 if packed else x.values_BT.shape[1]
     gae_kernel[(B,)](
-        *x, advantages_BT, returns_BT, kl_B, work, ticket, moments_3, T, B,
+        *x, advantages_BT, returns_BT, kl_B, work, counter, moments_3, T, B,
         float(o.gamma), float(o.lam), float(o.kl_coef),
         SHAPED=x.scores_B is not None, KIND=KINDS[o.kind], MASKED=MASKED[o.masked], HAS_MASK=x.mask_BT is not None,
         PACKED=packed, BLOCK=1024 if packed else min(1024, max(16, triton.next_power_of_2(T))), BLOCK_B=128,
@@ -178,11 +171,11 @@ def _address(x: torch.Tensor | None) -> int:
 
 def _launch_cuda(x: _Inputs, o: ShapedGAEOptions, module=None, stream: int | None = None):
     if stream is None:
-        stream = torch.cuda.current_stream(x.values_BT.device).cuda_stream
-    advantages_BT, returns_BT, kl_B, moments_3, work, ticket = _gpu_outputs(x, stream)
+        stream = current_stream(x.values_BT.device)
+    advantages_BT, returns_BT, kl_B, moments_3, work, counter = _gpu_outputs(x, stream)
     if x.rows == 0:
         return advantages_BT, returns_BT, kl_B, moments_3.zero_()
-    tensors = (*x, advantages_BT, returns_BT, kl_B, work, ticket, moments_3)
+    tensors = (*x, advantages_BT, returns_BT, kl_B, work, counter, moments_3)
     T = 0 if x.cu_seqlens is not None else x.values_BT.shape[1]
     (module or extension()).gae_cuda(
         [_address(y) for y in tensors], x.rows, T, o.gamma, o.lam, o.kl_coef, KINDS[o.kind], MASKED[o.masked], stream

@@ -19,6 +19,7 @@ import torch
 from fastppo.kernels._backend import extension, pick
 from fastppo.kernels._ppo_loss_triton import ppo_loss_kernel
 from fastppo.kernels._ppo_stats import STATS, PPOStats
+from fastppo.kernels._tickets import current_stream, ticket
 from fastppo.kernels._triton import triton
 
 
@@ -129,7 +130,7 @@ def _launch_triton(logprobs_N, values_N, entropy_N, batch, options, normalizer, 
     partials_KG, stats_K, loss = work[: -len(STATS) - 1], work[-len(STATS) - 1 : -1], work[-1]
     grads = tuple(torch.empty_like(x) if x is not None and grad else None for x in (logprobs_N, values_N, entropy_N))
     ppo_loss_kernel[(G,)](
-        logprobs_N, values_N, entropy_N, *batch[:4], mask_N, *grads, partials_KG, tickets(device),
+        logprobs_N, values_N, entropy_N, *batch[:4], mask_N, *grads, partials_KG, ticket(device, current_stream(device)),
         whiten if in_tensor else None, normalizer if count else None, loss, stats_K,
         N, G, 1 - options.cliprange, 1 + options.cliprange, options.cliprange_value, options.vf_coef,
         float(options.dual_clip or 0.0), options.entropy_coef, float(mean), float(rstd),
@@ -163,16 +164,6 @@ def _launch_cpu(logprobs_N, values_N, entropy_N, batch, options, normalizer, whi
         stats_K.data_ptr(),
     )
     return torch.tensor(loss, dtype=torch.float32), stats_K, grads
-
-
-@functools.cache
-def _ticket(device: torch.device, stream: int) -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def tickets(device: torch.device) -> torch.Tensor:
-    """The counter by which a launch's last block knows itself; zero between launches, one per device and stream."""
-    return _ticket(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
 
 
 class _PPOLoss(torch.autograd.Function):

@@ -123,6 +123,13 @@ def test_a_query_does_not_depend_on_its_batch():
     assert torch.equal(alone[0], together[2])
 
 
+def test_caches_that_16_byte_loads_cannot_read_are_refused():
+    (q_BHD, *_, tables_BM, lens_B), _ = paged_tests.case([5], 2, 1, 8, torch.float32, CPU)
+    caches = torch.zeros(2 * 16 * 8 + 1)[1:].view(2, 16, 1, 8)
+    with pytest.raises(RuntimeError, match="paged_attention: .*caches must begin at a multiple of 16 bytes"):
+        paged_attention.paged_attention(q_BHD, caches, caches, tables_BM % 2, lens_B, scale=1.0, backend="cpu")
+
+
 @pytest.mark.parametrize("cache_dtype", paged_tests.DTYPES, ids=str)
 def test_cache_write(cache_dtype):
     for dtype in paged_tests.DTYPES:

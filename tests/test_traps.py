@@ -16,6 +16,7 @@ import torch
 
 from fastppo.kernels import (
     _backend,
+    _tickets,
     gae,
     kl_reward,
     linear_logprob,
@@ -26,6 +27,7 @@ from fastppo.kernels import (
     sampling,
 )
 from fastppo.kernels._backend import INTERPRET, missing, pick
+from fastppo.kernels._tickets import ticket
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's process is for Triton")
@@ -162,6 +164,20 @@ def test_a_launch_goes_to_its_tensors_gpu(monkeypatch, asked):
 def test_every_room_asks_pick():
     for path in sorted((ROOT / "kernels").glob("[!_]*.py")):
         assert re.search(rf'pick\("{path.stem}", BACKEND_TABLE, \w+(\.device)?, backend\)', path.read_text()), path.name
+
+
+def test_a_captured_launch_keeps_no_counter(monkeypatch):
+    """What is made during a capture is zero after a replay only; a later launch that found it would never see its last block."""
+    device, capturing = torch.device("cuda", 0), [True]
+    monkeypatch.setattr(_tickets, "_KEPT", {})
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **kw: object())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    captured = [ticket(device, 7) for _ in range(2)]
+    capturing[0] = False
+    eager = [ticket(device, stream) for stream in (7, 7, 8)]
+    assert captured[0] is not captured[1] and eager[0] is eager[1] is not eager[2] and eager[0] not in captured
+    capturing[0] = True
+    assert ticket(device, 7) is eager[0], "warmed up on the capture's own stream: no fill in the graph"
 
 
 # --- tuning ---

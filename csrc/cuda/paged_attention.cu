@@ -262,6 +262,7 @@ const char* paged_attention_cuda(uintptr_t q, int64_t q_token, int64_t q_head, u
                                  int64_t H, int64_t KV, int64_t D, int64_t block, float scale, int64_t window, float softcap,
                                  uintptr_t stream) {
   if (B == 0) return nullptr;
+  if ((k | v) % 16 != 0) return "the caches must begin at a multiple of 16 bytes";
   PagedArgs a{};
   a.q = reinterpret_cast<const void*>(q), a.k = reinterpret_cast<const void*>(k), a.v = reinterpret_cast<const void*>(v);
   a.q_token = q_token, a.q_head = q_head;
