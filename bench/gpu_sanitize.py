@@ -70,6 +70,21 @@ def run_linear(device, backend):
 
 
 @case
+def run_fused_forward(device, backend):
+    if backend != "triton":
+        return
+    from fastppo.kernels._linear_stats_triton import fused_forward
+
+    hidden_ND, weight_VD = torch.randn(37, 128, device=device).bfloat16(), torch.randn(5003, 128, device=device) / 8
+    head, tokens_N = linear_logprob.Head(weight_VD.bfloat16()), torch.randint(0, 5003, (37,), device=device)
+    both = (
+        fused_forward(hidden_ND, head, tokens_N),
+        linear_logprob.linear_logprob_reference(hidden_ND, head, tokens_N),
+    )
+    close(*both, tolerance=2e-2)
+
+
+@case
 def run_rewards(device, backend):
     B, T = 5, 1300
     logprobs_BT, ref_BT, values_BT = torch.randn(3, B, T, device=device)
@@ -113,7 +128,12 @@ def run_sampling(device, backend):
     for dtype, V in ((torch.float32, 517), (torch.bfloat16, 5003)):
         logits_BV = (torch.randn(4, V, device=device) * 2).to(dtype)
         rows_B = torch.arange(4, device=device)
-        for options in (dict(top_k=50, top_p=0.9, min_p=0.01), dict(temperature=0.7), dict(temperature=0)):
+        for options in (
+            dict(top_k=50, top_p=0.9, min_p=0.01),
+            dict(top_p=0.9),
+            dict(temperature=0.7),
+            dict(temperature=0),
+        ):
             options = sampling.SamplingOptions(**options)
             ours, theirs = (
                 sampling.sampling(logits_BV, rows_B, rows_B, options, backend=x) for x in (backend, "reference")

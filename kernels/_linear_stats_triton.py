@@ -129,7 +129,8 @@ def fused_forward(
     splits = triton.cdiv(V, SPLIT)
     state_SN4 = torch.empty(splits, N, 4, device=hidden_ND.device)
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
-    operands = hidden_ND.contiguous(), head.weight_VD.contiguous()
+    operands = [x.contiguous() for x in (hidden_ND, head.weight_VD)]
+    operands = [x.clone() if x.data_ptr() % 16 else x for x in operands]  # TMA reads from multiples of 16 bytes
     if N:
         if tile["TMA"]:
             from triton.tools.tensor_descriptor import TensorDescriptor
