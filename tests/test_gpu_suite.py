@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,20 @@ def test_dry_run_lists_every_part_in_order_of_value(tmp_path):
     assert all(int(line.split()[1].rstrip("s")) <= 600 for line in ran.stdout.splitlines())
     benches = {line.split("bench/")[1].split()[0] for line in ran.stdout.splitlines() if "bench/" in line}
     assert all((ROOT / "bench" / name).exists() for name in benches)
+
+
+def test_every_file_of_the_tests_part_has_tests_for_a_gpu(tmp_path):
+    """`-m gpu` selects nothing, and pytest then exits with 5, where no test takes `device`; collecting needs no GPU."""
+    ran = suite(tmp_path / "out", "--dry-run", "--only", "tests,tests-generation")
+    files = [word for word in ran.stdout.split() if word.startswith("tests/test_")]
+    assert len(files) == 10
+    for file in files:
+        assert re.search(r"def test_\w+\([^)]*\bdevice\b", (ROOT / file).read_text()), file
+    few = [file for file in files if "kl_reward" in file or "generation" in file]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-m", "gpu", "-p", "no:cacheprovider", *few]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    counts = dict(re.findall(r"^(tests/\S+): (\d+)$", found.stdout, re.MULTILINE))
+    assert found.returncode == 0 and all(int(counts[file]) > 5 for file in few), found.stdout[-2000:]
 
 
 @pytest.mark.parametrize(("options", "words"), [((), "gpu_suite.sh OUT"), (("x", "--devices"), "no option --devices")])
