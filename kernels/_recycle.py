@@ -36,6 +36,9 @@ def empty(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, m
     return tensor
 
 
-def release() -> None:
-    """Give back what no tensor holds; the next calls start with fresh memory."""
-    _kept.clear()
+def release(op: str | None = None) -> None:
+    """Give back what no tensor holds, of one op or of all; the next calls start with fresh memory."""
+    if op is None:
+        _kept.clear()
+    else:
+        _kept.pop(op, None)

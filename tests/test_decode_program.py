@@ -7,7 +7,12 @@ import torch
 from architectures import ARCHITECTURES, tiny
 from test_generation_greedy import greedy_by_transformers, make_prompts
 
+from fastppo.attention.layout import Packed
+from fastppo.attention.paged import PagedPrefill
 from fastppo.generation import Generator, fast_path
+from fastppo.generation.decode_program import DecodeProgram
+from fastppo.generation.model_runner import ModelRunner
+from fastppo.generation.probe import probe
 from fastppo.generation.row_program import UNARY, Untraceable
 from fastppo.generation.trace import trace
 from fastppo.kernels._backend import extension, missing
@@ -54,6 +59,23 @@ def test_packed_linear(shape, half, transposed, amx):
 def test_architectures_are_traced(name):
     program = trace(tiny(name))
     assert 0 < program.split < len(program.ops) <= 100
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_prompts_go_past_the_last_attention_only_where_a_token_is_wanted(name):
+    model = tiny(name)
+    runner = ModelRunner(model, None, probe(model), 2, 16)
+    program = DecodeProgram(trace(model), runner.cache, torch.float32)
+    tokens_N, lengths = torch.arange(3, 14), [4, 7]
+    positions_N = torch.cat([torch.arange(n) for n in lengths])
+    packed = Packed(torch.tensor([0, 4, 11], dtype=torch.int32), 7, lengths)
+    slots_N = torch.cat([positions_N[:4], 16 + positions_N[4:]])
+    tables_BM, lens_B = torch.tensor([[0], [1]], dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    layout = PagedPrefill(runner.cache, packed, slots_N, tables_BM, lens_B, False)
+    whole = program.forward(tokens_N, positions_N, layout, None)
+    for keep in (torch.tensor([3, 10]), torch.tensor([10]), torch.tensor([], dtype=torch.int64)):
+        for some, all_rows in zip(program.forward(tokens_N, positions_N, layout, keep), whole, strict=True):
+            assert torch.equal(some, all_rows[keep])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])

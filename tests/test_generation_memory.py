@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny
 
+from fastppo.attention import memory
+from fastppo.generation import Generator, fast_path
+from fastppo.kernels import _recycle
 from fastppo.kernels._backend import missing
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +62,26 @@ def test_peak_memory_is_pages_packed_weights_and_one_micro_batch():
     assert found["packed"] <= 1.02 * found["weights"], found  # one copy, K and N padded to 32
     assert found["pages"] == 100 * 16 * 2 * 4 * 4 * 512 / 2**20, found  # pages, tokens, k and v, layers, bytes, width
     assert 0.9 * (found["packed"] + found["pages"]) <= found["growth"] <= stated + SLACK_MIB, found
+
+
+@pytest.mark.skipif(missing("cpu", torch.device("cpu")) is not None, reason="the extension is not built")
+def test_a_rollouts_memory_serves_the_next_one_and_nothing_of_it_is_read(monkeypatch):
+    monkeypatch.setattr(_recycle, "WORTH_IT", 1)  # so few pages are fresh memory each time otherwise
+    model, name = tiny("llama"), memory._name(torch.float32)
+    generator, options = Generator(model), dict(max_new_tokens=24, do_sample=True, top_k=0, seed=3, eos_token_id=None)
+    prompts = [torch.tensor([5, 6, 7]), torch.arange(1, 20)]
+    first = generator.generate(prompts, **options)
+    (program,) = fast_path._TRACES[model].values()
+    packed, workspace = program.packed[False], program.workspace
+    _recycle._kept[name].view("float32").fill(float("nan"))
+    address = _recycle._kept[name].ctypes.data  # a name for the array would hold it back from the next rollout
+    packed.fill_(float("nan"))
+    again = generator.generate(prompts, **options)
+    assert torch.equal(again.tokens_BT, first.tokens_BT) and torch.equal(again.logprobs_BT, first.logprobs_BT)
+    assert _recycle._kept[name].ctypes.data == address
+    assert program.packed[False] is packed and program.workspace is workspace
+    fast_path.give_back(model, packed.nbytes + 1)
+    assert name not in _recycle._kept and program.workspace is None and program.packed[False] is packed
+    fast_path.give_back(model, packed.nbytes)
+    assert not program.packed
+    assert torch.equal(generator.generate(prompts, **options).tokens_BT, first.tokens_BT)

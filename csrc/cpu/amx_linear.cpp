@@ -7,6 +7,7 @@
 //
 // With few rows the next weights are fetched, taken apart (or copied) and put beside in L1 between the tile instructions,
 // so that reading never waits for multiplying: tiles loaded from memory directly reach three fourths of the speed.
+// Few rows of x each thread takes apart for itself: what another core wrote last costs more to write over than to make again.
 // A row's sums are added in the same order however many rows there are.
 #include "amx_linear.h"
 
@@ -80,6 +81,24 @@ FASTPPO_AMX inline void write_strips(const Linear& f, int64_t p, float (*sums)[2
   }
 }
 
+// Two halves of panels [begin, end), read side by side, chunk after chunk: two streams from memory keep more lines on their way.
+template <typename T>
+struct Streams {
+  const T *first, *second, *last;  // chunks; the last one is given again and again
+  int64_t apart;                   // in panels
+
+  Streams(const Linear& f, int64_t chunks, int64_t begin, int64_t end) : apart((end - begin + 1) / 2) {
+    const T* packed = static_cast<const T*>(f.packed);
+    last = packed + (end * chunks - 1) * kChunk * kPanel;
+    first = packed + begin * chunks * kChunk * kPanel;
+    second = std::min(first + apart * chunks * kChunk * kPanel, last);
+  }
+  void advance() {
+    first = std::min(first + kChunk * kPanel, last);
+    second = std::min(second + kChunk * kPanel, last);
+  }
+};
+
 // --- float weights in three parts
 
 // Two values of k of a panel's chunk, [2 * 16][32] floats, into six tiles: h, m and l of either half. A part is the upper
@@ -126,17 +145,19 @@ FASTPPO_AMX inline void load_sums(float (*sums)[256]) {
   _tile_loadd(3, sums[3], 64);
 }
 
-// One chunk for 16 rows (ONE: sums are the halves of the columns) or 32 (TWO: sums of the first rows' halves, then the
-// others'). A sum gets lh, mh, hh, hm, mm, hl in turn, whichever of both adds them. AT(i): what else is done at that point.
-#define ONE(x, w, AT)                                                                                                 \
+// One chunk for 16 rows and half of the columns of two panels, whose sums are the tiles A and B, or for 32 rows of one panel
+// (sums of the first rows' halves, then the others'). A sum gets lh, mh, hh, hm, mm, hl in turn, whichever of both adds them.
+// AT(i): what else is done at that point.
+#define PAIR(x, w, v, A, B, AT)                                                                                       \
   FASTPPO_TILE_FENCE;                                                                                                 \
-  AT(0) _tile_loadd(6, x + 2 * kTile, 64); AT(1) _tile_loadd(2, w, 64); AT(2) _tile_loadd(3, w + kTile, 64);           \
-  AT(3) _tile_dpbf16ps(0, 6, 2); _tile_dpbf16ps(1, 6, 3); AT(4) _tile_loadd(5, x + kTile, 64);                        \
-  AT(5) _tile_dpbf16ps(0, 5, 2); _tile_dpbf16ps(1, 5, 3); AT(6) _tile_loadd(4, x, 64);                                \
-  AT(7) _tile_dpbf16ps(0, 4, 2); _tile_dpbf16ps(1, 4, 3); AT(8) _tile_loadd(2, w + 2 * kTile, 64);                    \
-  AT(9) _tile_loadd(3, w + 3 * kTile, 64); _tile_dpbf16ps(0, 4, 2); AT(10) _tile_dpbf16ps(1, 4, 3);                   \
-  AT(11) _tile_dpbf16ps(0, 5, 2); _tile_dpbf16ps(1, 5, 3); AT(12) _tile_loadd(2, w + 4 * kTile, 64);                  \
-  AT(13) _tile_loadd(3, w + 5 * kTile, 64); _tile_dpbf16ps(0, 4, 2); AT(14) _tile_dpbf16ps(1, 4, 3); AT(15)
+  AT(0) _tile_loadd(4, x + 2 * kTile, 64); AT(1) _tile_loadd(6, w, 64); _tile_dpbf16ps(A, 4, 6);                       \
+  AT(2) _tile_loadd(7, v, 64); _tile_dpbf16ps(B, 4, 7); AT(3) _tile_loadd(5, x + kTile, 64);                           \
+  AT(4) _tile_dpbf16ps(A, 5, 6); _tile_dpbf16ps(B, 5, 7); AT(5) _tile_loadd(4, x, 64);                                 \
+  AT(6) _tile_dpbf16ps(A, 4, 6); _tile_dpbf16ps(B, 4, 7); AT(7) _tile_loadd(6, w + 2 * kTile, 64);                     \
+  AT(8) _tile_dpbf16ps(A, 4, 6); AT(9) _tile_dpbf16ps(A, 5, 6); _tile_loadd(7, v + 2 * kTile, 64);                     \
+  AT(10) _tile_dpbf16ps(B, 4, 7); _tile_dpbf16ps(B, 5, 7); AT(11) _tile_loadd(6, w + 4 * kTile, 64);                   \
+  AT(12) _tile_dpbf16ps(A, 4, 6); AT(13) _tile_loadd(7, v + 4 * kTile, 64);                                           \
+  AT(14) _tile_dpbf16ps(B, 4, 7); AT(15)
 #define FOUR _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
 #define ROWS(x, y, part) _tile_loadd(4, x + part * kTile, 64); _tile_loadd(5, y + part * kTile, 64)
 #define WEIGHTS(w, part) _tile_loadd(6, w + part * 2 * kTile, 64); _tile_loadd(7, w + (part * 2 + 1) * kTile, 64)
@@ -146,13 +167,38 @@ FASTPPO_AMX inline void load_sums(float (*sums)[256]) {
   AT(6) FOUR; AT(7) WEIGHTS(w, 1); AT(8) FOUR; AT(9) ROWS(x, y, 1); AT(10) FOUR; AT(11) WEIGHTS(w, 2);                 \
   AT(12) ROWS(x, y, 0); AT(13) FOUR; AT(14) AT(15)
 #define NOTHING(i)
-#define SPLIT(i)               \
-  FASTPPO_TILE_FENCE;          \
-  split_pair(next, i, beside); \
+#define SPLIT(from, to, i)  \
+  FASTPPO_TILE_FENCE;       \
+  split_pair(from, i, to);  \
   FASTPPO_TILE_FENCE;
+#define SPLIT_FIRST(i) SPLIT(next.first, beside[0], i)
+#define SPLIT_SECOND(i) SPLIT(next.second, beside[1], i)
 
-// Panels [begin, end) for at most 32 rows: chunk after chunk, the next one taken apart while this one is multiplied.
+// Panels [begin, end) for at most 16 rows.
 FASTPPO_AMX void float_strip(const Linear& f, const Tiles& xs, float* out, int rows, int64_t begin, int64_t end) {
+  alignas(64) static thread_local uint16_t tiles[2][2][6 * kTile];
+  alignas(64) float sums[4][256];
+  Streams<float> next(f, xs.chunks, begin, end);
+  split_chunk(next.first, tiles[0][0]);
+  split_chunk(next.second, tiles[0][1]);
+  int side = 0;
+  for (int64_t p = begin; p < begin + next.apart; ++p) {
+    zero_sums();
+    for (int64_t chunk = 0; chunk < xs.chunks; ++chunk, side ^= 1) {
+      next.advance();
+      const uint16_t *x = xs.at(0, chunk), *w = tiles[side][0], *v = tiles[side][1];
+      auto beside = tiles[side ^ 1];
+      PAIR(x, w, v, 0, 2, SPLIT_FIRST)
+      PAIR(x, w + kTile, v + kTile, 1, 3, SPLIT_SECOND)
+    }
+    store_sums(sums);
+    write_strips(f, p, sums, rows, out);
+    if (p + next.apart < end) write_strips(f, p + next.apart, sums + 2, rows, out);
+  }
+}
+
+// Panels [begin, end) for 17 to 32 rows: chunk after chunk, the next one taken apart while this one is multiplied.
+FASTPPO_AMX void float_strip_pair(const Linear& f, const Tiles& xs, float* out, int rows, int64_t begin, int64_t end) {
   alignas(64) static thread_local uint16_t tiles[2][6 * kTile];
   alignas(64) float sums[4][256];
   const float* w = static_cast<const float*>(f.packed) + begin * xs.chunks * kChunk * kPanel;
@@ -162,23 +208,13 @@ FASTPPO_AMX void float_strip(const Linear& f, const Tiles& xs, float* out, int r
   for (int64_t p = begin; p < end; ++p) {
     zero_sums();
     for (int64_t chunk = 0; chunk < xs.chunks; ++chunk, side ^= 1) {
-      const float* next = w = std::min(w + kChunk * kPanel, last);
+      w = std::min(w + kChunk * kPanel, last);
+      const uint16_t *x = xs.at(0, chunk), *y = xs.at(1, chunk), *now = tiles[side];
       uint16_t* beside = tiles[side ^ 1];
-      const uint16_t *x = xs.at(0, chunk), *now = tiles[side];
-      if (rows <= kStrip) {
-        ONE(x, now, SPLIT)
-      } else {
-        const uint16_t* y = xs.at(1, chunk);
-        TWO(x, y, now, SPLIT)
-      }
+#define SPLIT_NEXT(i) SPLIT(w, beside, i)
+      TWO(x, y, now, SPLIT_NEXT)
     }
-    if (rows <= kStrip) {  // tiles 2 and 3 hold weights then
-      _tile_stored(0, sums[0], 64);
-      _tile_stored(1, sums[1], 64);
-      FASTPPO_TILE_FENCE;
-    } else {
-      store_sums(sums);
-    }
+    store_sums(sums);
     write_strips(f, p, sums, rows, out);
   }
 }
@@ -231,28 +267,26 @@ FASTPPO_AMX void float_strips(const Linear& f, const Tiles& xs, float* out, int6
 
 FASTPPO_AMX inline void copy_chunk(const uint16_t* w, uint16_t* beside) {
   for (int line = 0; line < 32; ++line) {
-    _mm_prefetch(reinterpret_cast<const char*>(w) + 512 + line * 64, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead / 2 + line * 64, _MM_HINT_T0);
     _mm512_store_si512(beside + line * 32, _mm512_loadu_si512(w + line * 32));
   }
 }
 
-// Panels [begin, end) for at most 16 rows, two at a time.
+// Panels [begin, end) for at most 16 rows.
 FASTPPO_AMX void half_strip(const Linear& f, const Tiles& xs, float* out, int rows, int64_t begin, int64_t end) {
   alignas(64) static thread_local uint16_t tiles[2][4 * kTile];
   alignas(64) float sums[4][256];
-  const int64_t size = xs.chunks * kChunk * kPanel;
-  for (int64_t p = begin; p < end; p += 2) {
-    const uint16_t* w = static_cast<const uint16_t*>(f.packed) + p * size;
-    const uint16_t* v = p + 1 < end ? w + size : w;  // a panel without a neighbour is multiplied twice
+  Streams<uint16_t> next(f, xs.chunks, begin, end);
+  copy_chunk(next.first, tiles[0]);
+  copy_chunk(next.second, tiles[0] + 2 * kTile);
+  int side = 0;
+  for (int64_t p = begin; p < begin + next.apart; ++p) {
     zero_sums();
-    copy_chunk(w, tiles[0]);
-    copy_chunk(v, tiles[0] + 2 * kTile);
-    for (int64_t chunk = 0; chunk < xs.chunks; ++chunk) {
-      if (chunk + 1 < xs.chunks) {
-        copy_chunk(w + (chunk + 1) * 2 * kTile, tiles[(chunk + 1) % 2]);
-        copy_chunk(v + (chunk + 1) * 2 * kTile, tiles[(chunk + 1) % 2] + 2 * kTile);
-      }
-      const uint16_t* now = tiles[chunk % 2];
+    for (int64_t chunk = 0; chunk < xs.chunks; ++chunk, side ^= 1) {
+      next.advance();
+      copy_chunk(next.first, tiles[side ^ 1]);
+      copy_chunk(next.second, tiles[side ^ 1] + 2 * kTile);
+      const uint16_t* now = tiles[side];
       FASTPPO_TILE_FENCE;
       _tile_loadd(4, xs.at(0, chunk), 64);
       _tile_loadd(6, now, 128);
@@ -266,7 +300,7 @@ FASTPPO_AMX void half_strip(const Linear& f, const Tiles& xs, float* out, int ro
     }
     store_sums(sums);
     write_strips(f, p, sums, rows, out);
-    if (p + 1 < end) write_strips(f, p + 1, sums + 2, rows, out);
+    if (p + next.apart < end) write_strips(f, p + next.apart, sums + 2, rows, out);
   }
 }
 
@@ -303,7 +337,8 @@ FASTPPO_AMX void panels(const Linear& f, const Tiles& xs, float* out, int64_t ro
   if (f.is_bf16) {
     rows <= kStrip ? half_strip(f, xs, out, few, begin, end) : half_strips(f, xs, out, rows, begin, end);
   } else {
-    rows <= 2 * kStrip ? float_strip(f, xs, out, few, begin, end) : float_strips(f, xs, out, rows, begin, end);
+    if (rows > 2 * kStrip) float_strips(f, xs, out, rows, begin, end);
+    else rows <= kStrip ? float_strip(f, xs, out, few, begin, end) : float_strip_pair(f, xs, out, few, begin, end);
   }
 }
 
@@ -313,15 +348,26 @@ void amx_linear(const Linear& f, const float* x, float* out, int64_t rows) {
   static thread_local std::vector<uint16_t> memory;
   const int parts = f.is_bf16 ? 1 : 3;
   const int64_t chunks = (f.K + kChunk - 1) / kChunk, strips = (rows + kStrip - 1) / kStrip, strip = chunks * parts * kTile;
-  memory.resize(strips * strip + kChunk);
-  uint16_t* to = aligned(memory.data());
-  std::fill(to + (strips - 1) * strip, to + strips * strip, uint16_t{0});  // rows that nobody writes
-  parallel_for(rows, f.K * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) part_row(x + r * f.K, f.K, parts, to + r / kStrip * strip + r % kStrip * 32);
-  });
-  const Tiles xs{to, chunks, parts};
   const int64_t n = (f.N + kPanel - 1) / kPanel;
-  parallel_for(n, strips * strip, [&](int64_t begin, int64_t end) { panels(f, xs, out, rows, begin, end); });
+  auto make_room = [&] {
+    memory.resize(strips * strip + kChunk);
+    uint16_t* to = aligned(memory.data());
+    if (rows % kStrip) std::fill(to + (strips - 1) * strip, to + strips * strip, uint16_t{0});  // rows that nobody writes
+    return to;
+  };
+  auto take_apart = [&](int64_t begin, int64_t end, uint16_t* to) {
+    for (int64_t r = begin; r < end; ++r) part_row(x + r * f.K, f.K, parts, to + r / kStrip * strip + r % kStrip * 32);
+  };
+  if (rows <= 2 * kStrip) {
+    return parallel_for(n, strips * strip, [&](int64_t begin, int64_t end) {
+      uint16_t* mine = make_room();
+      take_apart(0, rows, mine);
+      panels(f, Tiles{mine, chunks, parts}, out, rows, begin, end);
+    });
+  }
+  uint16_t* to = make_room();
+  parallel_for(rows, f.K * parts, [&](int64_t begin, int64_t end) { take_apart(begin, end, to); });
+  parallel_for(n, strips * strip, [&](int64_t begin, int64_t end) { panels(f, Tiles{to, chunks, parts}, out, rows, begin, end); });
 }
 
 #else

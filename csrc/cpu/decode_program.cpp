@@ -37,12 +37,31 @@ struct Op {
   uintptr_t p, q;
 };
 
+// Memory for the values between operations. It outlives the program: pages of fresh memory cost more than what is written there.
+class Workspace {
+ public:
+  // At least n floats, not what they were before.
+  float* floats(int64_t n) {
+    if (n > size_) {
+      memory_.reset();
+      memory_.reset(new float[size_ = n]);  // not a vector, which would write zeros first
+      ask_for_huge_pages(reinterpret_cast<uintptr_t>(memory_.get()), n * sizeof(float));
+    }
+    return memory_.get();
+  }
+  int64_t bytes() const { return size_ * sizeof(float); }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+  int64_t size_ = 0;
+};
+
 using Tuple = std::tuple<int, int, int, int, int, int, std::array<int64_t, 5>, double, double, uintptr_t, uintptr_t>;
 
 class DecodeProgram {
  public:
-  DecodeProgram(std::vector<int64_t> sizes, const std::vector<Tuple>& ops, int64_t block_size)
-      : sizes_(std::move(sizes)), block_size_(block_size), buffers_(sizes_.size()) {
+  DecodeProgram(std::vector<int64_t> sizes, const std::vector<Tuple>& ops, int64_t block_size, std::shared_ptr<Workspace> workspace)
+      : sizes_(std::move(sizes)), block_size_(block_size), buffers_(sizes_.size()), workspace_(std::move(workspace)) {
     for (const auto& [kind, mode, out, a, b, c, i, f, g, p, q] : ops) ops_.push_back({kind, mode, out, a, b, c, i, f, g, p, q});
   }
 
@@ -103,11 +122,8 @@ class DecodeProgram {
       starts.emplace_back(out, total);
       total += (sizes_[out] * rows + 15) / 16 * 16;
     }
-    if (total > size_) {
-      memory_.reset(new float[size_ = total]);  // not a vector, which would write zeros first
-      ask_for_huge_pages(reinterpret_cast<uintptr_t>(memory_.get()), total * sizeof(float));
-    }
-    for (const auto& [out, start] : starts) buffers_[out] = memory_.get() + start;
+    float* memory = workspace_->floats(total);
+    for (const auto& [out, start] : starts) buffers_[out] = memory + start;
   }
 
   void attend(const Op& op, const Pass& pass) {
@@ -188,16 +204,18 @@ class DecodeProgram {
   int64_t block_size_;
   std::vector<Op> ops_;
   std::vector<float*> buffers_;
-  std::unique_ptr<float[]> memory_;
-  int64_t size_ = 0;
+  std::shared_ptr<Workspace> workspace_;
 };
 
 }  // namespace
 
 void bind_decode_program(pybind11::module_& m) {
   namespace py = pybind11;
+  py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace", "memory of a DecodeProgram, for the next one too")
+      .def(py::init<>())
+      .def_property_readonly("bytes", &Workspace::bytes);
   py::class_<DecodeProgram>(m, "DecodeProgram", "fastppo/generation/decode_program.py")
-      .def(py::init<std::vector<int64_t>, const std::vector<Tuple>&, int64_t>())
+      .def(py::init<std::vector<int64_t>, const std::vector<Tuple>&, int64_t, std::shared_ptr<Workspace>>())
       .def("decode", [](DecodeProgram& self, const std::array<int64_t, 3>& sizes, const std::array<uintptr_t, 9>& p,
                         const std::array<int, 4>& buffers, bool stop_at_end, std::vector<int64_t> eos,
                         const std::tuple<double, int64_t, double, double, double>& draw) {

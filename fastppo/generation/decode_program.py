@@ -33,16 +33,15 @@ class DecodeProgram:
         self._keep: list[torch.Tensor] = []  # what the C++ side has addresses of
         self.weights = weights
         self._constants = _evaluate(program)
+        self._packed = self._room_for_packed()
         ops = [self._tuple(op, cache, program.layers.get(i)) for i, op in enumerate(program.ops)]
-        self._native = extension().DecodeProgram(program.sizes, ops, cache.block_size)
-        self._run = self._native.run
-        self.packed_bytes = sum(x.nbytes for x in self._keep)
+        program.workspace = program.workspace or extension().Workspace()
+        self._native = extension().DecodeProgram(program.sizes, ops, cache.block_size, program.workspace)
 
     def forward(self, tokens_N, positions_N, layout, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits, hidden) of the rows in `keep` (all when None). layout: PagedDecode or PagedPrefill."""
         program, N = self._program, len(tokens_N)
         tokens_N1, positions_N1 = tokens_N.float(), positions_N.float()  # indices are exact below 2**24
-        hidden_ND = torch.empty(N, program.sizes[program.hidden])
         starts = layout.packed.cu_seqlens.data_ptr() if hasattr(layout, "packed") else 0
         tables_BM = layout.block_tables_BM
         where = (
@@ -53,14 +52,21 @@ class DecodeProgram:
             starts,
         )
         inputs = [(program.tokens, tokens_N1.data_ptr()), (program.positions, positions_N1.data_ptr())]
-        given = [*inputs, (program.hidden, hidden_ND.data_ptr())]
-        self._run(0, program.split, N, len(tables_BM), *where, given)
-        if keep is not None:
-            hidden_ND = hidden_ND[keep]
-        logits_NV = torch.empty(len(hidden_ND), program.sizes[program.logits])
-        given = [(program.hidden, hidden_ND.data_ptr()), (program.logits, logits_NV.data_ptr())]
-        if len(hidden_ND):
-            self._run(program.split, len(program.ops), len(hidden_ND), len(hidden_ND), *where, given)
+        if keep is None:
+            return self._rows(0, N, len(tables_BM), where, inputs)
+        live = {buffer: torch.empty(N, program.sizes[buffer]) for buffer in program.live}
+        inputs = dict(inputs) | {buffer: x.data_ptr() for buffer, x in live.items()}
+        self._native.run(0, program.split, N, len(tables_BM), *where, list(inputs.items()))
+        live = [(buffer, x[keep]) for buffer, x in live.items()]
+        return self._rows(program.split, len(keep), len(keep), where, [(buffer, x.data_ptr()) for buffer, x in live])
+
+    def _rows(self, first: int, N: int, B: int, where: tuple, inputs: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, hidden) of N rows by the operations from `first` on."""
+        program = self._program
+        hidden_ND, logits_NV = (torch.empty(N, program.sizes[x]) for x in (program.hidden, program.logits))
+        results = [(program.hidden, hidden_ND.data_ptr()), (program.logits, logits_NV.data_ptr())]
+        if N:
+            self._native.run(first, len(program.ops), N, B, *where, [*inputs, *results])
         return logits_NV, hidden_ND
 
     def decode(
@@ -84,9 +90,9 @@ class DecodeProgram:
         return Drawn(tokens_SB, counts_B, numbers_3SB, hidden_SBD)
 
     def close(self) -> None:
-        """The rollout is over: large packed matrices are given back, small ones wait for the next rollout's weights."""
-        if self.packed_bytes > free_memory(torch.device("cpu")) // 8:
-            self._program.packed.clear()
+        """The rollout is over: much memory is given back, little waits for the next rollout's weights."""
+        if self._program.packed_bytes > free_memory(torch.device("cpu")) // 8:
+            self._program.release()
 
     def _tuple(self, op: Op, cache: KVCache, layer: int | None) -> tuple:
         mode, f, p, q = op.mode, op.f, 0, 0
@@ -114,16 +120,29 @@ class DecodeProgram:
         self._keep.append(x)
         return x.data_ptr()
 
+    def _is_half(self, node: fx.Node) -> bool:
+        return torch.bfloat16 in (self.weights, self._constants[node].dtype)
+
+    def _room_for_packed(self) -> dict[fx.Node, torch.Tensor]:
+        """Where each packed matrix goes: one after the other in memory that the rollout before may have left."""
+        places: dict[fx.Node, torch.Tensor] = {}
+        nodes = dict.fromkeys(op.p for op in self._program.ops if op.kind == "linear")
+        for half in (False, True):
+            mine = [node for node in nodes if self._is_half(node) == half]
+            sizes = [extension().packed_size(*reversed(self._constants[node].shape)) for node in mine]
+            memory = self._program.packed.get(half)
+            if sizes and (memory is None or len(memory) != sum(sizes)):
+                memory = torch.empty(sum(sizes), dtype=torch.bfloat16 if half else torch.float32)
+                extension().ask_for_huge_pages(memory.data_ptr(), memory.nbytes)
+                self._program.packed[half] = memory
+            places |= zip(mine, memory.split(sizes) if sizes else (), strict=True)
+        return places
+
     def _pack(self, node: fx.Node) -> tuple[int, int]:
-        weight_KN = self._constants[node]
+        weight_KN, half, packed = self._constants[node], self._is_half(node), self._packed[node]
         K, N = weight_KN.shape
-        half = torch.bfloat16 in (self.weights, weight_KN.dtype)
         if weight_KN.dtype not in (torch.float32, torch.bfloat16):
             weight_KN = weight_KN.float()
-        packed = self._program.packed.get((node, half))
-        if packed is None:  # pages of fresh memory cost more than the packing
-            packed = torch.empty(extension().packed_size(N, K), dtype=torch.bfloat16 if half else torch.float32)
-            self._program.packed[node, half] = packed
         k_stride, n_stride = weight_KN.stride()
         source = weight_KN.data_ptr(), weight_KN.dtype == torch.bfloat16
         extension().pack_linear(*source, n_stride, k_stride, N, K, packed.data_ptr(), half)

@@ -12,6 +12,7 @@ import weakref
 import torch
 
 from fastppo.attention.layout import Packed
+from fastppo.attention.memory import give_back_pages
 from fastppo.attention.paged import PagedPrefill
 from fastppo.generation.decode_program import DecodeProgram
 from fastppo.generation.model_runner import ModelRunner
@@ -56,11 +57,12 @@ def program_for(runner: ModelRunner, weights: torch.dtype | None) -> DecodeProgr
 
 
 def give_back(model: torch.nn.Module, least_bytes: int) -> None:
-    """Free the packed weights that wait for `model`'s next rollout, where they are at least so many: that packs anew anyway."""
+    """Free what waits for `model`'s next rollout: KV pages, memory between operations, and packed weights of at least so many bytes."""
     programs = [program for program in _TRACES.get(model, {}).values() if isinstance(program, Program)]
-    if sum(x.nbytes for program in programs for x in program.packed.values()) >= least_bytes:
-        for program in programs:
-            program.packed.clear()
+    packed = sum(program.packed_bytes for program in programs)
+    for program in programs:
+        program.release(packed=packed >= least_bytes)
+    give_back_pages()
 
 
 def _trace(model) -> Program | str:

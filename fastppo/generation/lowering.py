@@ -7,7 +7,19 @@ from torch import fx
 
 from fastppo.generation.lowering_moves import Moves
 from fastppo.generation.patterns import gelu_tanh, rms_norm, spread
-from fastppo.generation.row_program import ARITHMETIC, ONE, UNARY, Op, Program, Row, Untraceable, alive, moved, reuse
+from fastppo.generation.row_program import (
+    ARITHMETIC,
+    ONE,
+    UNARY,
+    Op,
+    Program,
+    Row,
+    Untraceable,
+    alive,
+    moved,
+    read_from,
+    reuse,
+)
 
 _VIEWS = {
     "view",
@@ -47,14 +59,9 @@ class Lowering(Moves):
         ops = alive(self.ops, logits)
         used = {x for op in ops for x in (op.p, op.q, op.f) if isinstance(x, fx.Node)}
         constants = self.constants_for(used)
-        split = 1 + max(i for i, op in enumerate(ops) if op.out == hidden)
-        made = {hidden}
-        for op in ops[split:]:
-            if not set(op.inputs) <= made or op.kind == "attention":
-                raise Untraceable("its head reads more than the last hidden state")
-            made.add(op.out)
         sizes, places = reuse(self.sizes, ops, keep=(tokens, positions, hidden, logits))
         layers = {i: self.layers[op] for i, op in enumerate(ops) if op.kind == "attention"}
+        split = 1 + max(layers)
         ops = [moved(op, places) for op in ops]
         return Program(
             self.graph,
@@ -62,6 +69,7 @@ class Lowering(Moves):
             sizes,
             ops,
             split,
+            read_from(ops, split),
             places[tokens],
             places[positions],
             places[hidden],

@@ -61,21 +61,36 @@ class Row:
 
 @dataclass
 class Program:
-    """ops[:split] make hidden from tokens and positions, ops[split:] make logits from hidden."""
+    """ops make hidden and logits from tokens and positions.
+
+    ops[split:] have no attention: where only some rows' logits are wanted, those rows of the buffers `live` are enough.
+    """
 
     graph: fx.GraphModule
     constants: list[fx.Node]
     sizes: list[int]
     ops: list[Op]
     split: int
+    live: tuple[int, ...]
     tokens: int
     positions: int
     hidden: int
     logits: int
     layers: dict[int, int] = field(default_factory=dict)  # index of an attention op -> layer_idx
-    packed: dict[tuple[fx.Node, bool], torch.Tensor] = field(default_factory=dict)  # memory for packed matrices (bf16?)
+    packed: dict[bool, torch.Tensor] = field(default_factory=dict)  # bf16 or not -> memory of the matrices
+    workspace: Any = None  # the C++ side's, for values between operations
     _state: tuple | None = None  # of the model when the program last gave its logits
     _uses: int = 0  # since then
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(x.nbytes for x in self.packed.values())
+
+    def release(self, packed: bool = True) -> None:
+        """Give back the memory that waits for the next rollout."""
+        self.workspace = None
+        if packed:
+            self.packed.clear()
 
     def checked(self, state: tuple) -> None:
         """The program gave the model's own logits in this state (see model_state)."""
@@ -85,6 +100,16 @@ class Program:
         """Whether the model is as it was at the last check, and fewer than `most` rollouts ago."""
         self._uses += 1
         return self._state == state and self._uses < most
+
+
+def read_from(ops: list[Op], start: int) -> tuple[int, ...]:
+    """The buffers that ops[start:] read and none of them has written before."""
+    made: set[int] = set()
+    read: dict[int, None] = {}
+    for op in ops[start:]:
+        read |= dict.fromkeys(x for x in op.inputs if x not in made)
+        made.add(op.out)
+    return tuple(read)
 
 
 def alive(all_ops: list[Op], logits: int) -> list[Op]:
