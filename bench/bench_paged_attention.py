@@ -1,12 +1,14 @@
 """Decode attention over a paged cache against the read bandwidth measured in the same run, and against SDPA on a dense cache.
 
 The bytes of a row are the keys and values of every context, read once. Shapes: sequences x tokens, key/value heads, query heads,
-head size. "sdpa dense" has its keys and values laid out [B, KV, T, D] already and no block table: what paging costs.
+head size. The pages' memory is allocated as the generator's is, in large pages where the system has them; the ceiling is read
+from a plain tensor. "sdpa dense" has its keys and values laid out [B, KV, T, D] already and no block table: what paging costs.
 """
 
 import torch
 from harness import arguments, call_us, compare, report
 
+from fastppo.attention import memory
 from fastppo.kernels.paged_attention import BACKEND_TABLE, cache_write, paged_attention
 
 BLOCK_SIZE = 16
@@ -14,7 +16,7 @@ BLOCK_SIZE = 16
 
 def inputs(B, T, KV, H, D, dtype, device):
     blocks = T // BLOCK_SIZE
-    k_cache, v_cache = (torch.randn(B * blocks, BLOCK_SIZE, KV, D, dtype=dtype, device=device) for _ in range(2))
+    k_cache, v_cache = memory.zeros(2 * B * T * KV * D, dtype, device).view(2, B * blocks, BLOCK_SIZE, KV, D).normal_()
     tables_BM = torch.randperm(B * blocks, dtype=torch.int32).view(B, blocks).to(device)
     lens_B = torch.full((B,), T, dtype=torch.int32, device=device)
     return torch.randn(B, H, D, dtype=dtype, device=device), k_cache, v_cache, tables_BM, lens_B
