@@ -41,6 +41,10 @@ struct Item {
   int64_t partial;      // where in the workspace the part goes; -1: the item writes its result
 };
 
+struct Range {
+  int64_t begin, end;
+};
+
 struct Rows {  // running softmax of some rows
   float *acc, *max, *sum;
   void clear(int64_t rows, int padded) const {
@@ -78,16 +82,17 @@ class Worker {
   Worker(const Job& job, Scratch& scratch)
       : j(job), s(scratch), group(job.H / job.KV), token_bytes(job.KV * job.D * sizeof(T)) {}
 
-  void run(const Item& item, float* workspace) {
+  // next: what this thread works on afterwards, whose first keys are fetched meanwhile; or nullptr.
+  void run(const Item& item, const Item* next, float* workspace) {
     const int64_t rows = item.count * j.H;
+    after = next;
     load_queries(item);
     Rows part = rows_at(s.part.at_least(floats_of(rows, j.padded)), rows, j.padded);
     if (item.partial >= 0) part = partial(item.partial, workspace);
     if (item.part_end - item.part <= 1) {
       part.clear(rows, j.padded);
       if (item.part < item.part_end) attend(item, item.part, part);
-      if (item.partial < 0) write(item, part);
-      return;
+      return item.partial < 0 ? write(item, part) : void();
     }
     Rows whole = rows_at(s.whole.at_least(floats_of(rows, j.padded)), rows, j.padded);
     whole.clear(rows, j.padded);
@@ -149,9 +154,6 @@ class Worker {
 
   int64_t first_visible(int64_t position) const { return j.window ? std::max<int64_t>(0, position - j.window + 1) : 0; }
 
-  struct Range {
-    int64_t begin, end;
-  };
   Range tokens_of(const Item& item, int part) const {
     return {std::max<int64_t>(int64_t(part) * kSplit, first_visible(item.position)),
             std::min<int64_t>(int64_t(part + 1) * kSplit, item.position + item.count)};
@@ -179,7 +181,8 @@ class Worker {
     int64_t c = tokens.begin / kChunk * kChunk;
     int n = offsets(item.b, c, tokens, at[0]);
     for (; c < tokens.end; c += kChunk, side ^= 1) {
-      const int skip = static_cast<int>(std::max(tokens.begin, c) - c), next_n = offsets(item.b, c + kChunk, tokens, at[side ^ 1]);
+      const int skip = static_cast<int>(std::max(tokens.begin, c) - c);
+      const int next_n = c + kChunk < tokens.end ? offsets(item.b, c + kChunk, tokens, at[side ^ 1]) : first_after(item, part, at[side ^ 1]);
       addresses(j.k, at[side], n, j.v, at[side], n, keys);
       scores(Tokens<T>{keys, skip, n, KV, D, j.padded}, q, rows, p);
       for (int row = 0; row < KV * rows; ++row)
@@ -188,6 +191,15 @@ class Worker {
       values(Tokens<T>{values_at, skip, n, KV, D, j.padded}, p, alpha, state.acc, rows);
       n = next_n;
     }
+  }
+
+  // Offsets of the first chunk that is read after a part.
+  int first_after(const Item& item, int part, int64_t* at) const {
+    const bool here = part + 1 < item.part_end;
+    if (!here && (!after || after->part >= after->part_end)) return 0;
+    const Item& next = here ? item : *after;
+    const Range tokens = tokens_of(next, here ? part + 1 : next.part);
+    return offsets(next.b, tokens.begin / kChunk * kChunk, tokens, at);
   }
 
   // Where the n tokens of a chunk lie, and the first kAhead of what is read next, if anything is.
@@ -210,6 +222,7 @@ class Worker {
   const Job& j;
   Scratch& s;
   float* q = nullptr;
+  const Item* after = nullptr;
   const int64_t group, token_bytes;
 };
 
@@ -220,8 +233,7 @@ void plan(const Job& j, std::vector<Item>& items, std::vector<Item>& merges, int
   for (int64_t b = 0; b < j.B; ++b) {
     int64_t first = j.starts ? j.starts[b] : b, count = j.starts ? j.starts[b + 1] - first : 1;
     for (int64_t i = 0; i < count; i += tile) {
-      int n = static_cast<int>(std::min<int64_t>(tile, count - i));
-      int position = static_cast<int>(j.lens[b] - count + i);
+      int n = static_cast<int>(std::min<int64_t>(tile, count - i)), position = static_cast<int>(j.lens[b] - count + i);
       int64_t seen = j.window ? std::max<int64_t>(0, position - j.window + 1) : 0;
       int part = static_cast<int>(seen / kSplit), end = (position + n + kSplit - 1) / kSplit;
       *work += int64_t(n) * (position + n - seen) * j.H * j.D;
@@ -251,7 +263,10 @@ void run(const Job& j) {
   parallel_for(workers, work / std::max<int64_t>(workers, 1), [&](int64_t, int64_t) {
     thread_local Scratch scratch;
     Worker<T> worker(j, scratch);
-    for (int64_t i; (i = next.fetch_add(1)) < n;) worker.run(todo[i], space);
+    for (int64_t i = next.fetch_add(1), after; i < n; i = after) {
+      after = next.fetch_add(1);
+      worker.run(todo[i], after < n ? &todo[after] : nullptr, space);
+    }
   });
   parallel_for(static_cast<int64_t>(split.size()), j.H * j.padded * 4, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
