@@ -41,7 +41,7 @@ def prepare_run(
         init_kwargs = {"dtype": "auto", **init_kwargs, **(args.model_init_kwargs or {})}
         if quantization_config is not None:
             init_kwargs["quantization_config"] = quantization_config
-        model = auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code, **init_kwargs)
+        model = load_model(auto_class, name, args, init_kwargs)
     elif args.model_init_kwargs or quantization_config is not None:
         raise ValueError(
             f"{config_class.__name__}: model_init_kwargs and quantization_config apply to a model given by name; "
@@ -55,6 +55,15 @@ def prepare_run(
         load_chat_template(tokenizer, args.chat_template_path)
     set_special_tokens(tokenizer, eos_token=args.eos_token, pad_token=args.pad_token)
     return Run(add_adapter(model, peft_config, args), args, tokenizer)
+
+
+def load_model(auto_class: Any, name: str, args: SupervisedConfig, init_kwargs: dict[str, Any]) -> nn.Module:
+    """The model of that name, from safetensors unless args.allow_pickle, or use_safetensors=False in init_kwargs."""
+    from fastppo.models.pickles import safetensors_only
+
+    asked = args.allow_pickle or "use_safetensors" in init_kwargs
+    with safetensors_only(name, asked, f"{type(args).__name__}(allow_pickle=True), --allow-pickle") as only:
+        return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code, **only, **init_kwargs)
 
 
 def add_adapter(model: nn.Module, peft_config: Any, args: Any) -> nn.Module:

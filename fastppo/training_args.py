@@ -47,6 +47,12 @@ class SupervisedConfig(BaseConfig):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given by name."}
     )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={
+            "help": "Also load a model given by name whose weights are pickles (.bin): from trusted sources only."
+        },
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A .jinja file, or a folder or name of a tokenizer whose template is taken."}

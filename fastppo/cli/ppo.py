@@ -40,6 +40,8 @@ class PPOOptions(StageOptions):
     """The column that holds the prompts; found by itself when it has a usual name (prompt, query, messages, text, ...)."""
     prompt_tokens: int | None = None
     """Keep only the first so many tokens of each prompt."""
+    allow_pickle: bool = False
+    """Load weights from pickle files (.bin) too, for models that have no safetensors: only from sources you trust."""
     probes: int = 8
     """Prompts that are answered before and after training, in samples.json."""
 
@@ -63,7 +65,7 @@ def load_judge(options: Any, tokenizer: Any, columns: Sequence[str], device: Any
 
     if options.reward.startswith(("http://", "https://")):
         return options.reward
-    reward = load_reward(options.reward, columns, options.reward_label, device)
+    reward = load_reward(options.reward, columns, options.reward_label, device, options.allow_pickle)
     if not isinstance(reward, ClassifierReward):
         return TextReward(reward)
     model = reward.model
@@ -77,14 +79,17 @@ def load_models(options: Any) -> tuple[Any, Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from fastppo.cli.stage import load_error
+    from fastppo.models.pickles import safetensors_only
 
     flag, source = "--model", options.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        policy, value = AutoModelForCausalLM.from_pretrained(source), None
+        with safetensors_only(source, options.allow_pickle, "--allow-pickle") as only:
+            policy, value = AutoModelForCausalLM.from_pretrained(source, **only), None
         if options.value_model:
             flag, source = "--value-model", options.value_model
-            value = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
+            with safetensors_only(source, options.allow_pickle, "--allow-pickle") as only:
+                value = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **only)
     except (OSError, ValueError) as error:
         raise load_error(flag, source, error) from error
     if tokenizer.pad_token is None:

@@ -122,7 +122,7 @@ def load_policy(options: Any) -> tuple[Any, Any]:
         model = wrapper.from_pretrained(options.model, allow_pickle=options.allow_pickle, **extra)
     except (OSError, ValueError) as error:
         known = "a folder here" if Path(options.model).is_dir() else "no folder here"
-        said = " ".join(str(error).split())[:400]
+        said = " ".join(str(error).split())[:400].replace("allow_pickle=True", "--allow-pickle")
         raise UserError(f"--model: {options.model} is {known} and could not be loaded as a policy: {said}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
