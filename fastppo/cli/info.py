@@ -153,11 +153,11 @@ def gather() -> dict[str, Any]:
 def about() -> dict[str, str]:
     """The lines of a run's info.json: enough to know later what made its numbers."""
     told = gather()
-    cards = told["gpus"]
+    cards, threads = told["gpus"], told["cpu"]["threads"]
     return {
         **told["versions"],
         "device": told["device"],
-        "cpu": f"{told['cpu']['name']}, {told['cpu']['cores']} cores, {told['cpu']['threads']} threads",
+        "cpu": f"{told['cpu']['name']}, {told['cpu']['cores']} cores, {threads} thread{'s' * (threads != 1)}",
         "gpu": cards if isinstance(cards, str) else ", ".join(card["name"] for card in cards),
         "attention": next(name for name, reason in told["attention"].items() if reason is None),
         **{

@@ -21,9 +21,10 @@ FIGURES = (
 )
 SAMPLES = 12
 STYLE = """
-:root{--ink:#1f2933;--pale:#5b6672;--line:#e4e7eb;--wash:#f6f7f9}
+:root{color-scheme:light dark;--ink:#1f2933;--pale:#5b6672;--line:#e4e7eb;--wash:#f6f7f9;--paper:#fff}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--pale:#a3adb8;--line:#39424c;--wash:#222a32;--paper:#161b20}}
 *{box-sizing:border-box}
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);background:#fff;max-width:1180px;margin:0 auto;padding:32px 24px 64px}
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);background:var(--paper);max-width:1180px;margin:0 auto;padding:32px 24px 64px}
 h1{font-size:26px;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}h2{font-size:18px;margin:40px 0 12px;overflow-wrap:anywhere}
 p.sub{color:var(--pale);margin:0 0 20px;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,178px),1fr));gap:12px;margin:16px 0}
@@ -31,13 +32,17 @@ p.sub{color:var(--pale);margin:0 0 20px;overflow-wrap:anywhere}
 .tile b{display:block;font-size:18px;white-space:nowrap;font-variant-numeric:tabular-nums}.tile span{color:var(--pale);font-size:13px}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px}
 .plots img{width:100%;height:auto;display:block;border:1px solid var(--line);border-radius:10px;padding:10px}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px}
+.scroll{overflow-x:auto;margin-bottom:12px}table{border-collapse:collapse;width:100%;font-size:14px}
 th{text-align:left;color:var(--pale);font-weight:600;white-space:nowrap}th,td{padding:8px 10px;border-bottom:1px solid var(--line);vertical-align:top}
 th.num,td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.text{min-width:190px}td.text div{white-space:pre-wrap;overflow-wrap:anywhere;max-height:15em;overflow-y:auto}
 td.name{overflow-wrap:anywhere;min-width:120px;font-weight:600}
 details{margin:8px 0}summary{cursor:pointer;overflow-wrap:anywhere}
 pre{background:var(--wash);border-radius:10px;padding:12px 16px;overflow-x:auto;font-size:13px}
+@media(max-width:640px){body{padding:20px 16px 48px}.samples tr{display:block;padding:10px 0;border-bottom:1px solid var(--line)}
+.samples th{display:none}.samples td{display:block;border:0;padding:2px 0}.samples td.num{text-align:left}
+.samples td::before{content:attr(data-name);color:var(--pale);font-size:12px;display:block}}
+@media(prefers-color-scheme:dark){.plots img{filter:invert(.9) hue-rotate(180deg);border-color:#ddd}}
 @media print{.plots{grid-template-columns:1fr 1fr}td.text div{max-height:none}}
 """
 
@@ -79,16 +84,17 @@ def sample_table(run: Run) -> str:
     if before and after:
         head = '<th>prompt</th><th>before</th><th class="num">score</th><th>after</th><th class="num">score</th>'
         for old, new in list(zip(before, after, strict=False))[:SAMPLES]:
-            rows.append(text_cell(old["prompt"]) + answer(old) + answer(new))
+            rows.append(text_cell(old["prompt"], "prompt") + answer(old, "before") + answer(new, "after"))
     else:
         last = pairs(run, "last_step") or after or before
         when = "in the last step" if pairs(run, "last_step") else "after training" if after else "before training"
         head = f'<th>prompt</th><th>response {when}</th><th class="num">score</th>'
-        rows += [text_cell(sample["prompt"]) + answer(sample) for sample in last[:SAMPLES]]
+        rows += [text_cell(sample["prompt"], "prompt") + answer(sample, "response") for sample in last[:SAMPLES]]
     if not rows:
         return ""
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<h2>Samples: {html.escape(run.name)}</h2><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    table = f'<table class="samples"><tr>{head}</tr>{body}</table>'
+    return f'<h2>Samples: {html.escape(run.name)}</h2><div class="scroll">{table}</div>'
 
 
 def pairs(run: Run, name: str) -> list[dict[str, Any]]:
@@ -101,14 +107,14 @@ def pairs(run: Run, name: str) -> list[dict[str, Any]]:
     )
 
 
-def text_cell(text: Any) -> str:
-    return f'<td class="text"><div>{html.escape(str(text))}</div></td>'
+def text_cell(text: Any, name: str) -> str:
+    return f'<td class="text" data-name="{name}"><div>{html.escape(str(text))}</div></td>'
 
 
-def answer(sample: dict[str, Any]) -> str:
+def answer(sample: dict[str, Any], name: str) -> str:
     score = sample.get("score")
     told = f"{score:.2f}" if isinstance(score, (int, float)) else ""
-    return f'{text_cell(sample["response"])}<td class="num">{told}</td>'
+    return f'{text_cell(sample["response"], name)}<td class="num" data-name="score">{told}</td>'
 
 
 def differences(runs: Sequence[Run]) -> str:
