@@ -89,6 +89,8 @@ CLASSIC = {
     "rollout": {},
     "fewer": {},
     "skipped": {"config": {"on_nonfinite": "skip"}},
+    "resume": {"config": {"target": 0.1, "horizon": 20, "use_score_scaling": True, "use_score_norm": True}},
+    "resume_lora": {"lora": True},
 }  # fmt: skip
 
 
@@ -124,6 +126,42 @@ def classic(name: str) -> tuple[dict, list[dict]]:
     moments = {"mean": float(made.running.mean), "std": float(made.running.std), "count": float(made.running.count)}
     assert type(made._path).__name__ == ("PaddedPath" if name == "padded" else "PackedPath")
     return weights(made.model), [*steps, moments]
+
+
+def resumed(name: str, folder: Path) -> tuple[dict, list[dict]]:
+    """A step, a checkpoint, a step that is lost; a new trainer goes on. Also saves the policy, in folder/<name>-policy.
+
+    The logs say whether weights and statistics are bitwise those of a trainer that never stopped.
+    """
+
+    def steps(made, batches):
+        found = []
+        for queries, _, scores, _ in batches:
+            rows = own_rows(GLOBAL)
+            queries, scores = [queries[r] for r in rows], [scores[r] for r in rows]
+            options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "pad_token_id": 0}
+            responses = made.generate(queries, batch_size=8, return_prompt=False, eos_token_id=-1, **options)
+            stats = made.step(queries, responses, scores)
+            made.log_stats(stats, {"query": queries, "response": responses}, scores)
+            found.append(plain(stats) | {"kl_coef": made.kl_ctl.value})
+        return found
+
+    case, batches = CLASSIC[name], list(classic_batches(CLASSIC[name], 3))
+    straight, stopped = classic_trainer(case, True), classic_trainer(case, True)
+    torch.manual_seed(6)
+    wanted = steps(straight, batches)
+    torch.manual_seed(6)
+    steps(stopped, batches[:1])
+    stopped.save_checkpoint(folder / f"{name}-run")
+    steps(stopped, batches[1:2])
+    again = classic_trainer(case, True)
+    assert again.load_checkpoint(folder / f"{name}-run").step == 1
+    logs = steps(again, batches[1:])
+    found, kept = weights(again.model), weights(straight.model)
+    bitwise = all(torch.equal(found[n], kept[n]) for n in kept) and repr(logs) == repr(wanted[1:])
+    again.save_pretrained(folder / f"{name}-policy")
+    again.accelerator.wait_for_everyone()
+    return found, [*logs, {"bitwise": bitwise}]
 
 
 # --- the others -------------------------------------------------------------------------------------------------------
@@ -231,7 +269,7 @@ def run_case(name: str, folder: Path) -> None:
         return
     if name in CLASSIC:
         with in_order():
-            found, logs = classic(name)
+            found, logs = resumed(name, folder) if name.startswith("resume") else classic(name)
     elif name.startswith("late"):
         found, logs = late(name, folder)
     else:

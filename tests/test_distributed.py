@@ -13,19 +13,21 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 CLASSIC = ["plain", "everything", "early_stopping", "lora", "padded", "rollout", "fewer", "skipped"]
+RESUMED = ["resume", "resume_lora"]
 LATE = ["late", "late_lora", "late_value", "late_whiten", "late_fewer", "late_resume"]
 SUPERVISED = ["sft", "reward"]
 FEW = ["everything", "fewer", "late_lora", "late_fewer"]
 # launch -> (processes, how parameters lie, cases)
 LAUNCHES = {
-    "one": (1, "", CLASSIC + LATE + SUPERVISED),
-    "ddp2": (2, "", CLASSIC + LATE + SUPERVISED),
+    "one": (1, "", CLASSIC + RESUMED + LATE + SUPERVISED),
+    "ddp2": (2, "", CLASSIC + RESUMED + LATE + SUPERVISED),
     "ddp4": (4, "", FEW),
-    "fsdp2": (2, "fsdp2", CLASSIC + LATE + SUPERVISED),
+    "fsdp2": (2, "fsdp2", CLASSIC + RESUMED + LATE + SUPERVISED),
     "fsdp4": (4, "fsdp2", FEW),
 }
 LIMIT_SECONDS = 600  # against hangs only: many processes share two cores
@@ -114,6 +116,27 @@ def test_cases_do_what_their_names_say(folder):
     assert log("everything")[-1]["count"] == 16 and log("everything")[0]["kl_coef"] != log("everything")[1]["kl_coef"]
     assert [sorted(x) for x in log("skipped")[1:2]] == [["kl_coef", "objective/kl_coef"]]  # no statistics of a step
     assert log("late_fewer") != log("late") == log("late_resume")
+    # gloo adds two numbers in one order
+    assert all(log(case)[-1]["bitwise"] for case in RESUMED)
+
+
+@pytest.mark.parametrize("launch", ["ddp2", "fsdp2"])
+def test_a_saved_policy_is_whole_and_loads_with_transformers_alone(folder, launch):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    done, trained = results(launch, folder), {}
+    for case in RESUMED:
+        trained[case] = load_file(done / f"{case}.0.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(done / "resume-policy")
+    assert (done / "resume-policy/tokenizer.json").exists()
+    for name, found in model.named_parameters():
+        assert torch.equal(found, trained["resume"][f"pretrained_model.{name}"]), name
+    head = load_file(done / "resume_lora-policy/value_head.safetensors")
+    assert torch.equal(head["v_head.summary.weight"], trained["resume_lora"]["v_head.summary.weight"])
+    adapted = PeftModel.from_pretrained(model, done / "resume_lora-policy", is_trainable=True)
+    adapters = {f"pretrained_model.{name}": p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert adapters and all(torch.equal(p, trained["resume_lora"][name]) for name, p in adapters.items())
 
 
 @pytest.mark.parametrize(

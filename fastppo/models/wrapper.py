@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSeq2Se
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastppo import distributed
 from fastppo.attention import unwrap
 from fastppo.models import checkpoint, pretrained, reward_adapter
 
@@ -166,17 +167,23 @@ class PreTrainedModelWrapper(nn.Module):
         """Write a folder that this class and the plain transformers (or PEFT) classes load.
 
         A full model: the value head is in model.safetensors. A PEFT or quantised model: in value_head.safetensors.
+        Under FSDP2 every process must call it: whole tensors are gathered, the first process writes.
         kwargs go to the wrapped model's save_pretrained; with push_to_hub, also token and HUB_ARGUMENTS.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         if not kwargs.pop("safe_serialization", True):
             logger.warning("save_pretrained: safe_serialization=False is not done any more: safetensors are written")
-        state_dict = self.state_dict() if state_dict is None else state_dict
+        sharded = bool(distributed.fsdp_units(self))
+        if state_dict is None:
+            state_dict = distributed.state_dict(self) if sharded else self.state_dict()
+        if sharded and torch.distributed.get_rank() != 0:
+            return
         own = {key: value for key, value in state_dict.items() if key.startswith(self._own_prefixes)}
         is_quantized = getattr(self.pretrained_model, "hf_quantizer", None) is not None
         # both write their own weights, whatever state_dict says
         if self.is_peft_model or is_quantized:
-            self.pretrained_model.save_pretrained(save_directory, **kwargs)
+            gathered = {"state_dict": state_dict} if sharded else {}
+            self.pretrained_model.save_pretrained(save_directory, **gathered, **kwargs)
             if kwargs.get("is_main_process", True):
                 checkpoint.save_value_head(own, save_directory)
         else:

@@ -5,6 +5,7 @@ import inspect
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 
+from fastppo import distributed, gathering
 from fastppo.trainer import checks, columns, hub, setup, state, tracking
 
 
@@ -48,7 +49,8 @@ class BaseTrainer(PyTorchModelHubMixin):
         """Send the statistics of a step to config.log_with; rewards: the scores as handed to step()."""
         if not isinstance(rewards, torch.Tensor):
             rewards = torch.tensor([float(r) for r in rewards], device=self.current_device)
-        rewards = self.accelerator.gather(rewards).flatten().float()
+        # a process may have fewer
+        rewards = gathering.gather(self.accelerator, {"rewards": rewards.flatten()})["rewards"].float()
         logs = dict(stats)
         if self.config.log_with == "wandb":
             tracking.check_columns(batch, columns_to_log)
@@ -66,10 +68,21 @@ class BaseTrainer(PyTorchModelHubMixin):
         hub.write_card(path, model_name, type(self.accelerator.unwrap_model(self.model)).__name__)
 
     def _save_pretrained(self, save_directory) -> None:
-        """Model, tokenizer and model card; save_pretrained and push_to_hub call it."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
-        self.tokenizer.save_pretrained(save_directory)
-        self.create_model_card(save_directory)
+        """Model, tokenizer and model card, written by the main process; save_pretrained and push_to_hub call it.
+
+        Every process must call it where parameters are sharded (FSDP2, ZeRO-3).
+        """
+        accelerator, model = self.accelerator, self.accelerator.unwrap_model(self.model)
+        kind, main = distributed.kind(accelerator), accelerator.is_main_process
+        if kind == "fsdp2":
+            model.save_pretrained(save_directory)
+        elif kind == "zero3":
+            distributed.whole(accelerator, model, lambda: model.save_pretrained(save_directory) if main else None)
+        elif main:
+            model.save_pretrained(save_directory)
+        if main:
+            self.tokenizer.save_pretrained(save_directory)
+            self.create_model_card(save_directory)
 
     def save_checkpoint(self, folder, *, keep: int = 3, extra=None):
         """Write everything that a run needs to go on into `folder`/step-<steps done>, crash-safe; returns that path.

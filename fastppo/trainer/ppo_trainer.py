@@ -201,9 +201,11 @@ class PPOTrainer(BaseTrainer):
     def _push_if_best(self, scores_B) -> None:
         if not hasattr(self, "highest_reward"):
             return
-        if self.compare_step % self.config.compare_steps == 0 and scores_B.mean() > self.highest_reward:
-            self.highest_reward = scores_B.mean()
-            self.push_to_hub(**self.push_to_hub_kwargs)
+        if self.compare_step % self.config.compare_steps == 0:
+            total, count = distributed.table(self.accelerator, [float(scores_B.sum()), len(scores_B)]).sum(0)
+            if total / count > self.highest_reward:
+                self.highest_reward = (total / count).float()
+                self.push_to_hub(**self.push_to_hub_kwargs)
         self.compare_step += 1
 
     def _statistics(self, batch, train_stats: list[dict]) -> dict:
