@@ -47,12 +47,12 @@ def outcome(arguments, *, dtype, rounded_to, backend, temperature=1.0, **head):
     return [*made, *(x.grad for x in leaves if x is not None)]
 
 
-def check(arguments, *, dtype, backend, **kw):
+def check(arguments, *, dtype, backend, slack=1, **kw):
     truth = outcome(arguments, dtype=torch.float64, rounded_to=dtype, backend="reference", **kw)
     plain = outcome(arguments, dtype=dtype, rounded_to=dtype, backend="reference", **kw)
     ours = outcome(arguments, dtype=dtype, rounded_to=dtype, backend=backend, **kw)
     for name, o, p, t in zip(NAMES, ours, plain, truth):  # noqa: B905  no bias, no dbias
-        assert_as_exact_as_torch(name, o, p, t, tiny_of(dtype), 3e-6)
+        assert_as_exact_as_torch(name, o, p, t, slack * tiny_of(dtype), 3e-6)
 
 
 # one token, one column; odd; past one tile of 256 columns with a ragged tail and two tiles of rows
@@ -86,7 +86,9 @@ def test_real_vocabulary(backend, device, bias):
 def _any_shape(backend, device, N, D, V, dtype, bias, head, temperature, layouts, seed):
     hidden_ND, weight_VD, *rest = inputs(N, D, V, device, bias=bias, seed=seed)
     arguments = (strided(hidden_ND, layouts[0]), strided(weight_VD, layouts[1]), *rest)
-    check(arguments, dtype=dtype, backend=backend, temperature=temperature, **HEADS[head])
+    # of a few numbers in 16 bits plain torch's largest error may be small by chance
+    kw = dict(dtype=dtype, temperature=temperature, slack=1 if dtype == torch.float32 else 4, **HEADS[head])
+    check(arguments, backend=backend, **kw)
 
 
 def test_any_shape(backend, device, small_tiles):

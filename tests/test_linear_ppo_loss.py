@@ -71,12 +71,12 @@ def outcome(arguments, options, *, dtype, rounded_to, backend, upstream=1.0, hea
     return [made.loss, made.logprob_N, made.entropy_N, torch.tensor(list(sums.values())), *grads]
 
 
-def check(arguments, options, *, dtype, backend, floor=1e-6, **kw):
+def check(arguments, options, *, dtype, backend, slack=1, floor=1e-6, **kw):
     truth = outcome(arguments, options, dtype=torch.float64, rounded_to=dtype, backend="reference", **kw)
     plain = outcome(arguments, options, dtype=dtype, rounded_to=dtype, backend="reference", **kw)
     ours = outcome(arguments, options, dtype=dtype, rounded_to=dtype, backend=backend, **kw)
     for name, o, p, t in zip(NAMES, ours, plain, truth):  # noqa: B905  no bias, no dbias
-        assert_as_exact_as_torch(name, o, p, t, max(tiny_of(dtype), 3e-6), floor)
+        assert_as_exact_as_torch(name, o, p, t, max(slack * tiny_of(dtype), 3e-6), floor)
 
 
 # one token; odd; several chunks with a ragged last one
@@ -115,11 +115,13 @@ def test_masks(backend, device, small_chunks, mask):
 def _any_case(backend, device, N, V, mask, options, bias, head, dtype, layouts, seed):
     arguments = inputs(N, 4, V, device, mask=mask, bias=bias, seed=seed)
     arguments[0], arguments[2] = strided(arguments[0], layouts[0]), strided(arguments[2], layouts[1])
-    options, floor = OPTIONS[options], 1e-6
+    options, chance = OPTIONS[options], {}
     if dtype != torch.float32:  # rounded logits may lie on the other side of a clip: see above
         options = replace(options, cliprange=5.0, cliprange_value=9.0, dual_clip=None)
-        floor = torch.finfo(dtype).eps  # plain torch's own error in one number, the loss, may be small by chance
-    kw = dict(temperature=0.8, normalizer=7.0, head=head, floor=floor)
+        chance = dict(
+            slack=4, floor=torch.finfo(dtype).eps
+        )  # plain torch's error in a few numbers may be small by chance
+    kw = dict(temperature=0.8, normalizer=7.0, head=head, **chance)
     check(arguments, options, dtype=dtype, backend=backend, **kw)
 
 

@@ -323,7 +323,8 @@ def _any_case(backend, device, examples, most_rows=5, most_columns=2300):
         truth = sampling_reference(logits_BV.double(), *counters, options)
         # A threshold within rounding of a token's mass may keep one token more or less: its mass is then what differs.
         away_B = (ours.sampled_logprob_B - truth.sampled_logprob_B).abs()
-        assert ((ours.tokens_B != truth.tokens_B) | (away_B > 1e-4)).sum() <= 1
+        different_B = (ours.tokens_B != truth.tokens_B) | (away_B > 1e-4)
+        assert layout == "expanded" or different_B.sum() <= 1  # equal rows have one threshold
         same_B = ours.tokens_B == truth.tokens_B
         assert ((ours.logprob_B - truth.logprob_B).abs()[same_B] < 1e-5).all()
 
