@@ -41,7 +41,7 @@ def mm(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, bias: Tensor | Non
 
 def faster(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     """Whether tiles multiply sooner than torch."""
-    return M >= LEAST_ROWS and K >= LEAST_DEPTH and M * N * K >= LEAST_WORK.get(dtype, M * N * K + 1)
+    return M >= LEAST_ROWS and K >= LEAST_DEPTH and LEAST_WORK.get(dtype, M * N * K + 1) <= M * N * K
 
 
 def on_tiles(a_MK: Tensor, b_KN: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> bool:

@@ -4,7 +4,7 @@
     logprob and entropy of softmax(z) as in logprob.py
 
 Forward: 2 N V D FLOPs (one matrix product); backward: 6 N V D (the logits once more, then dhidden and dweight); bound
-by the matrix products, which are torch's. The logits exist one tile at a time: TILE_BYTES of workspace, and for 16-bit
+by the matrix products, which are torch's or _products.py's. The logits exist one tile at a time: TILE_BYTES of workspace, and for 16-bit
 inputs float32 accumulators of dhidden [N, D] and of one tile's dweight [columns, D]; rows whose upstream gradients are
 zero are left out of backward.
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastppo.kernels._backend import pick
 from fastppo.kernels._logit_tiles import CPU, TRITON, Launcher, Scales
+from fastppo.kernels._products import mm
 from fastppo.kernels.logprob import (
     DTYPE_CODES,
     LogProb,
@@ -82,7 +83,7 @@ def forward_tiles(launcher: Launcher, hidden_ND, head: Head, scales: Scales, tok
         for span in spans(len(hidden_ND), rows):
             hidden_RD = hidden_ND[span]
             tile_RC = workspace[: len(hidden_RD) * len(weight_CD)].view(len(hidden_RD), len(weight_CD))
-            torch.mm(hidden_RD, weight_CD.t(), out=tile_RC)
+            mm(hidden_RD, weight_CD.t(), tile_RC)
             launcher.tile_stats(tile_RC, cols.start, scales, bias_V, tokens_N[span], state_N4[span])
     return launcher.finish(state_N4)
 
@@ -113,10 +114,10 @@ def backward_tiles(launcher: Launcher, hidden_ND, head: Head, scales: Scales, to
         for span in spans(len(hidden_ND), rows):
             hidden_RD = hidden_ND[span]
             tile_RC = workspace[: len(hidden_RD) * len(weight_CD)].view(len(hidden_RD), len(weight_CD))
-            torch.mm(hidden_RD, weight_CD.t(), out=tile_RC)
+            mm(hidden_RD, weight_CD.t(), tile_RC)
             launcher.tile_grad(tile_RC, cols.start, scales, bias_V, tokens_N[span], *(x[span] for x in saved))
             if needs[0]:
-                add_product(dhidden_ND[span], tile_RC, weight_CD)
+                mm(tile_RC, weight_CD, dhidden_ND[span], add=True)
             if needs[1]:
                 accumulator.add(tile_RC.t(), hidden_RD, last=span.stop == len(hidden_ND))
             if needs[2]:
@@ -128,14 +129,6 @@ def backward_tiles(launcher: Launcher, hidden_ND, head: Head, scales: Scales, to
     )
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, summed in out's precision when a and b have fewer bits."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(torch.mm(a, b))
-
-
 class WeightAccumulator:
     """A tile of dweight: written directly by its only product, through a float32 buffer when 16-bit parts are summed."""
 
@@ -144,12 +137,11 @@ class WeightAccumulator:
 
     def add(self, a: Tensor, b: Tensor, last: bool) -> None:
         if self.sum_CD is None and (last or self.exact == self.out_CD.dtype):
-            torch.mm(a, b, out=self.out_CD)
-            self.sum_CD = self.out_CD
+            self.sum_CD = mm(a, b, self.out_CD)
         elif self.sum_CD is None:
-            self.sum_CD = torch.mm(a, b).to(self.exact)
+            self.sum_CD = mm(a, b, torch.empty_like(self.out_CD, dtype=self.exact))
         else:
-            add_product(self.sum_CD, a, b)
+            mm(a, b, self.sum_CD, add=True)
         if last and self.sum_CD is not self.out_CD:
             self.out_CD.copy_(self.sum_CD)
 

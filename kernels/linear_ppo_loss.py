@@ -24,6 +24,7 @@ from fastppo.kernels import _recycle
 from fastppo.kernels import linear_logprob as tiles
 from fastppo.kernels._backend import pick
 from fastppo.kernels._ppo_chunk import Chunk, Loss, Rows, chunk_by_parts, cpu_chunk
+from fastppo.kernels._products import mm
 from fastppo.kernels.linear_logprob import Head, Scales, autocast_inputs, check_head, linear_logprob_reference
 from fastppo.kernels.logprob import DTYPE_CODES, check_temperature, check_tokens, once
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss_reference
@@ -96,7 +97,7 @@ class GradientSums:
 
     def add(self, index, dlogits_RV: Tensor, hidden_RD: Tensor, weight_VD: Tensor) -> None:
         if self.dhidden_ND is not None:
-            self.dhidden_ND[index] = torch.mm(dlogits_RV, weight_VD)
+            self.dhidden_ND[index] = mm(dlogits_RV, weight_VD)
         if self.dbias_V is not None:
             self.dbias_V += dlogits_RV.sum(0, dtype=torch.float32)
         if self.dweight_VD is not None:
@@ -106,14 +107,14 @@ class GradientSums:
     def _add_dweight(self, dlogits_RV: Tensor, hidden_RD: Tensor) -> None:
         whole = self.dweight_VD.dtype == hidden_RD.dtype
         if whole and self.empty:
-            torch.mm(dlogits_RV.t(), hidden_RD, out=self.dweight_VD)
+            mm(dlogits_RV.t(), hidden_RD, self.dweight_VD)
             return
         if self.empty:
             self.dweight_VD.zero_()
         vocab, depth = self.dweight_VD.shape
         step = vocab if whole else max(1, tiles.TILE_BYTES[hidden_RD.device.type] // (depth * hidden_RD.element_size()))
         for span in tiles.spans(vocab, step):  # 16-bit products are made before they are added: a tile at a time
-            tiles.add_product(self.dweight_VD[span], dlogits_RV[:, span].t(), hidden_RD)
+            mm(dlogits_RV[:, span].t(), hidden_RD, self.dweight_VD[span], add=True)
 
 
 def run_chunks(chunk: Callable, rows: Rows, head: Head, scales: Scales, loss: Loss, needs: tuple[bool, ...]):
@@ -129,7 +130,7 @@ def run_chunks(chunk: Callable, rows: Rows, head: Head, scales: Scales, loss: Lo
     for span in tiles.spans(count, size) if count else [slice(0, 0)]:  # no token: the loss is 0, the statistics too
         part_rows = rows.take(span)
         tile_RV = workspace[: len(part_rows.hidden_RD)]
-        torch.mm(part_rows.hidden_RD, weight_VD.t(), out=tile_RV)
+        mm(part_rows.hidden_RD, weight_VD.t(), tile_RV)
         part = chunk(tile_RV, scales, bias_V, part_rows, loss, any(needs))
         parts.append(part)
         if not any(needs[i] for i in (0, 2, 3)):

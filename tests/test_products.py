@@ -49,7 +49,9 @@ def check(way, M, N, K, *, dtype=FULL, out_dtype=None, a_how="rows", b_how="rows
     for x in ([] if bias is None else [bias_N]) + ([before.to(out_dtype)] if add else []):
         truth, plain = truth + x.double(), (plain + x.double())
     way(a, b, ours, bias_N, add)
-    assert_as_exact_as_torch("product", ours, plain.to(out_dtype), truth, way.roundings * (1e-6 if out_dtype == FULL else 4e-3))
+    assert_as_exact_as_torch(
+        "product", ours, plain.to(out_dtype), truth, way.roundings * (1e-6 if out_dtype == FULL else 4e-3)
+    )
 
 
 # one number; odd; edges of tiles of 16 and 32; past 256 values of k; past a block of 768 or 2048 of them; past a block of rows

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kDepth = 8;               // chunks of k between additions to the sums in memory
 constexpr int64_t kBlockBytes = 896 << 10;  // of A's tiles, in 2 MB of L2
-constexpr int64_t kSumsBytes = 8 << 20;      // of sums that wait for further k
+constexpr int64_t kSumsBytes = 2 << 20;      // of sums that wait for further k
 constexpr int64_t kGroup = 2;  // panels packed side by side: where columns are contiguous, reads of whole pairs of lines
 
 struct Product {
