@@ -8,7 +8,8 @@ from golden_cases import batches, trainer, weights
 
 import fastppo
 from fastppo import attention, packed
-from fastppo.engine import engine_for, kernels
+from fastppo.engine import body, engine_for, kernels
+from fastppo.kernels._backend import extension
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
 from fastppo.models.head import output_head
@@ -77,12 +78,19 @@ def by_engine(model, pack, batch, dtype=torch.float32, times=1, options=CLIPPED)
     return out.loss, out.logprob_R, {n: p.grad.double() for n, p in model.named_parameters()}
 
 
+@pytest.fixture(params=["blocks in one call", "call by call"])
+def way(request, monkeypatch):
+    """Processors without AMX tiles, and models with norms of heads, go call by call in either."""
+    if request.param == "call by call":
+        monkeypatch.setattr(body, "fits", lambda spec: False)
+
+
 def relative(a, b) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_float32_is_as_exact_as_the_modules(name):
+def test_float32_is_as_exact_as_the_modules(name, way):
     model, (pack, batch) = made(name), some_pack()
     loss, logprob, grads = by_engine(model, pack, batch)
     _, plain_logprob, plain = own_modules(model, pack, batch)
@@ -96,7 +104,7 @@ def test_float32_is_as_exact_as_the_modules(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bfloat16_is_as_exact_as_autocast(name):
+def test_bfloat16_is_as_exact_as_autocast(name, way):
     model, (pack, batch) = made(name), some_pack()
     _, logprob, grads = by_engine(model, pack, batch, torch.bfloat16, options=UNCLIPPED)
     with torch.autocast("cpu", torch.bfloat16):
@@ -116,14 +124,15 @@ def test_bfloat16_is_as_exact_as_autocast(name):
         assert error <= 2 * plain_error + 1e-2, f"{key}: {error:.2e}, autocast {plain_error:.2e}"
 
 
-def test_gradients_of_two_microbatches_add_up():
-    model, (pack, batch) = made("qwen3"), some_pack()
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "gpt2"])
+def test_gradients_of_two_microbatches_add_up(name):
+    model, (pack, batch) = made(name), some_pack()
     once, twice = (by_engine(model, pack, batch, times=n)[2] for n in (1, 2))
     for key, want in once.items():
         torch.testing.assert_close(twice[key], 2 * want, rtol=1e-5, atol=1e-8)
 
 
-def test_frozen_parameters_get_no_gradient_and_change_no_other():
+def test_frozen_parameters_get_no_gradient_and_change_no_other(way):
     model, (pack, batch) = made("gpt2"), some_pack()
     _, _, whole = by_engine(model, pack, batch)
     frozen = [n for n, _ in model.named_parameters() if ".h.0." in n or ".wte." in n]
@@ -154,6 +163,28 @@ def test_weights_are_read_again_after_an_optimizer_step():
         with engine.started(dtype):
             fresh = engine.learn(pack, batch, CLIPPED, 46.0, False).logprob_R
         assert torch.equal(after, fresh)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 5), (70, 172, 64)])  # least; nothing divides; a small model's
+@pytest.mark.parametrize("k_first", [(False, False), (True, True)])
+def test_small_products(shape, k_first):
+    """C += A B + bias, both factors in either orientation; a row is the same whatever the other rows are."""
+    M, N, K = shape
+    g = torch.Generator().manual_seed(0)
+    a, b, bias = torch.randn(M, K, generator=g), torch.randn(K, N, generator=g), torch.randn(N, generator=g)
+    laid_a, laid_b = (a, b.t().contiguous()) if k_first[0] else (a.t().contiguous(), b)
+    made, before = torch.randn(M, N, generator=g), None
+    wanted = made.double() + a.double() @ b.double() + bias.double()
+    plain = torch.addmm(made + bias, a, b)
+    for rows in (M, 1):
+        out = made.clone()
+        addresses = (laid_a.data_ptr(), laid_b.data_ptr(), out.data_ptr(), bias.data_ptr())
+        sizes = (rows, N, K, laid_a.stride(0), laid_b.stride(0), N)
+        extension().small_product(addresses, sizes, k_first[0] | k_first[1] << 1 | 32)
+        assert before is None or torch.equal(out[:1], before[:1])
+        before = out if before is None else before
+    error, plain_error = (float((x - wanted).abs().max()) for x in (before, plain))
+    assert error <= 2 * plain_error + 1e-6, f"{error:.2e}, torch {plain_error:.2e}"
 
 
 def test_attention_worked_out_by_hand():

@@ -14,6 +14,7 @@
 #include "../ops.h"
 #include "half.h"
 #include "lanes.h"
+#include "train.h"
 
 namespace fastppo {
 namespace {
@@ -253,9 +254,9 @@ FASTPPO_CLONES void forward_bf16(const Attention& f, int64_t b, int64_t kv, Scra
 FASTPPO_CLONES void backward_float(const Attention& f, int64_t b, int64_t kv, Scratch& w) { backward_task<float>(f, b, kv, w); }
 FASTPPO_CLONES void backward_bf16(const Attention& f, int64_t b, int64_t kv, Scratch& w) { backward_task<bf16_t>(f, b, kv, w); }
 
-// address: q, k, v, out, lse, cos, sin, cu_seqlens, dout, dq, dk, dv (dout 0: forward).
-// sizes: B, H, K, D, row strides of q, of k and v, of out, window (0: none).
-void attention(const std::array<uintptr_t, 12>& a, const std::array<int64_t, 8>& sizes, double scale, bool bf16) {
+}  // namespace
+
+void train_attention(const std::array<uintptr_t, 12>& a, const std::array<int64_t, 8>& sizes, double scale, bool bf16) {
   auto p = [&](int i) { return reinterpret_cast<void*>(a[i]); };
   auto floats = [&](int i) { return reinterpret_cast<float*>(a[i]); };
   const auto [B, H, K, D, q_stride, kv_stride, o_stride, window] = sizes;
@@ -269,10 +270,8 @@ void attention(const std::array<uintptr_t, 12>& a, const std::array<int64_t, 8>&
   });
 }
 
-}  // namespace
-
 void bind_train_attention(pybind11::module_& m) {
-  m.def("train_attention", &attention, "fastppo/engine/kernels.py", pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("train_attention", &train_attention, "fastppo/engine/kernels.py", pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
 }  // namespace fastppo

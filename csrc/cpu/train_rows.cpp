@@ -12,6 +12,7 @@
 #include "../ops.h"
 #include "half.h"
 #include "lanes.h"
+#include "train.h"
 
 namespace fastppo {
 namespace {
@@ -207,19 +208,19 @@ FASTPPO_CLONES void act_backward_bf16(const Activation& f, int64_t b, int64_t e)
 
 // out[j] (+)= sum_i x[i, j] for columns [begin, end) * 16
 template <typename T>
-FASTPPO_INLINE void column_sums(const T* x, int64_t N, int64_t F, float* out, bool add, int64_t begin, int64_t end) {
+FASTPPO_INLINE void column_sums(const T* x, int64_t N, int64_t F, int64_t stride, float* out, bool add, int64_t begin, int64_t end) {
   for (int64_t j = begin * 16; j < std::min(F, end * 16); j += 16) {
     const int n = lanes_at(j, F);
     vec16 s = add ? part(out + j, n) : vec16{};
-    for (int64_t i = 0; i < N; ++i) s += part(x + i * F + j, n);
+    for (int64_t i = 0; i < N; ++i) s += part(x + i * stride + j, n);
     put(out + j, s, n);
   }
 }
-FASTPPO_CLONES void column_sums_float(const float* x, int64_t N, int64_t F, float* out, bool add, int64_t b, int64_t e) {
-  column_sums(x, N, F, out, add, b, e);
+FASTPPO_CLONES void column_sums_float(const float* x, int64_t N, int64_t F, int64_t stride, float* out, bool add, int64_t b, int64_t e) {
+  column_sums(x, N, F, stride, out, add, b, e);
 }
-FASTPPO_CLONES void column_sums_bf16(const bf16_t* x, int64_t N, int64_t F, float* out, bool add, int64_t b, int64_t e) {
-  column_sums(x, N, F, out, add, b, e);
+FASTPPO_CLONES void column_sums_bf16(const bf16_t* x, int64_t N, int64_t F, int64_t stride, float* out, bool add, int64_t b, int64_t e) {
+  column_sums(x, N, F, stride, out, add, b, e);
 }
 
 FASTPPO_CLONES void add_rows(const int64_t* tokens, const float* x, int64_t N, int64_t D, float* out, int64_t begin, int64_t end) {
@@ -254,43 +255,6 @@ FASTPPO_CLONES void round_block(const float* from, bf16_t* to, int64_t n) {
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-// address: x, add, sum, w, b, y, stats
-void norm(const std::array<uintptr_t, 7>& a, int64_t N, int64_t D, double eps, bool layer, bool bf16) {
-  const Norm f = {at<float>(a[0]), at<void>(a[1]), at<float>(a[2]), at<float>(a[3]), at<float>(a[4]), at<void>(a[5]),
-                  at<float>(a[6]), D, float(eps), layer};
-  parallel_for(N, D * 4, [&](int64_t b, int64_t e) { bf16 ? norm_rows_bf16(f, b, e) : norm_rows_float(f, b, e); });
-}
-
-// address: dy, x, stats, w, b, dres, out, y, dw, db
-void norm_backward(const std::array<uintptr_t, 10>& a, int64_t N, int64_t D, bool layer, bool fresh, bool add, bool bf16) {
-  const int64_t blocks = (N + kBlock - 1) / kBlock;
-  std::vector<float> sums(a[8] ? blocks * 2 * D : 0);
-  const NormBackward f = {at<void>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3]), at<float>(a[4]), at<float>(a[5]),
-                          at<void>(a[6]), at<void>(a[7]), a[8] ? sums.data() : nullptr, N, D, layer, fresh};
-  parallel_for(blocks, kBlock * D * 8, [&](int64_t b, int64_t e) { bf16 ? norm_backward_bf16(f, b, e) : norm_backward_float(f, b, e); });
-  for (int which = 0; which < 2; ++which) {
-    float* out = at<float>(a[8 + which]);
-    if (!out) continue;
-    if (!add) std::memset(out, 0, D * sizeof(float));
-    for (int64_t k = 0; k < blocks; ++k)
-      for (int64_t j = 0; j < D; ++j) out[j] += sums[(k * 2 + which) * D + j];
-  }
-}
-
-// address: pre, act, dact, dpre (the last two 0: forward)
-void activation(const std::array<uintptr_t, 4>& a, int64_t N, int64_t F, int kind, bool bf16) {
-  const Activation f = {at<void>(a[0]), at<void>(a[1]), at<void>(a[2]), at<void>(a[3]), F, kind};
-  auto run = a[2] ? (bf16 ? act_backward_bf16 : act_backward_float) : (bf16 ? act_bf16 : act_float);
-  parallel_for(N, F * 8, [&](int64_t b, int64_t e) { run(f, b, e); });
-}
-
-void sum_columns(uintptr_t x, int64_t N, int64_t F, uintptr_t out, bool add, bool bf16) {
-  parallel_for((F + 15) / 16, N * 16, [&](int64_t b, int64_t e) {
-    if (bf16) return column_sums_bf16(at<bf16_t>(x), N, F, at<float>(out), add, b, e);
-    column_sums_float(at<float>(x), N, F, at<float>(out), add, b, e);
-  });
 }
 
 void embedding_backward(uintptr_t tokens, uintptr_t x, int64_t N, int64_t D, uintptr_t out) {
@@ -333,12 +297,47 @@ void copy_all(const std::vector<std::array<uintptr_t, 2>>& addresses, const std:
 
 }  // namespace
 
+void train_norm(const std::array<uintptr_t, 7>& a, int64_t N, int64_t D, double eps, bool layer, bool bf16) {
+  const Norm f = {at<float>(a[0]), at<void>(a[1]), at<float>(a[2]), at<float>(a[3]), at<float>(a[4]), at<void>(a[5]),
+                  at<float>(a[6]), D, float(eps), layer};
+  parallel_for(N, D * 4, [&](int64_t b, int64_t e) { bf16 ? norm_rows_bf16(f, b, e) : norm_rows_float(f, b, e); });
+}
+
+void train_norm_backward(const std::array<uintptr_t, 10>& a, int64_t N, int64_t D, bool layer, bool fresh, bool add, bool bf16) {
+  const int64_t blocks = (N + kBlock - 1) / kBlock;
+  const bool asked = a[8] || a[9];
+  std::vector<float> sums(asked ? blocks * 2 * D : 0);
+  const NormBackward f = {at<void>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3]), at<float>(a[4]), at<float>(a[5]),
+                          at<void>(a[6]), at<void>(a[7]), asked ? sums.data() : nullptr, N, D, layer, fresh};
+  parallel_for(blocks, kBlock * D * 8, [&](int64_t b, int64_t e) { bf16 ? norm_backward_bf16(f, b, e) : norm_backward_float(f, b, e); });
+  for (int which = 0; which < 2; ++which) {
+    float* out = at<float>(a[8 + which]);
+    if (!out) continue;
+    if (!add) std::memset(out, 0, D * sizeof(float));
+    for (int64_t k = 0; k < blocks; ++k)
+      for (int64_t j = 0; j < D; ++j) out[j] += sums[(k * 2 + which) * D + j];
+  }
+}
+
+void train_activation(const std::array<uintptr_t, 4>& a, int64_t N, int64_t F, int kind, bool bf16) {
+  const Activation f = {at<void>(a[0]), at<void>(a[1]), at<void>(a[2]), at<void>(a[3]), F, kind};
+  auto run = a[2] ? (bf16 ? act_backward_bf16 : act_backward_float) : (bf16 ? act_bf16 : act_float);
+  parallel_for(N, F * 8, [&](int64_t b, int64_t e) { run(f, b, e); });
+}
+
+void train_sum_columns(uintptr_t x, int64_t N, int64_t F, int64_t stride, uintptr_t out, bool add, bool bf16) {
+  parallel_for((F + 15) / 16, N * 16, [&](int64_t b, int64_t e) {
+    if (bf16) return column_sums_bf16(at<bf16_t>(x), N, F, stride, at<float>(out), add, b, e);
+    column_sums_float(at<float>(x), N, F, stride, at<float>(out), add, b, e);
+  });
+}
+
 void bind_train_rows(pybind11::module_& m) {
   pybind11::call_guard<pybind11::gil_scoped_release> guard;
-  m.def("train_norm", &norm, "fastppo/engine/kernels.py", guard);
-  m.def("train_norm_backward", &norm_backward, "fastppo/engine/kernels.py", guard);
-  m.def("train_activation", &activation, "fastppo/engine/kernels.py", guard);
-  m.def("train_sum_columns", &sum_columns, "fastppo/engine/kernels.py", guard);
+  m.def("train_norm", &train_norm, "fastppo/engine/kernels.py", guard);
+  m.def("train_norm_backward", &train_norm_backward, "fastppo/engine/kernels.py", guard);
+  m.def("train_activation", &train_activation, "fastppo/engine/kernels.py", guard);
+  m.def("train_sum_columns", &train_sum_columns, "fastppo/engine/kernels.py", guard);
   m.def("train_copy", &copy_all, "fastppo/engine/kernels.py", guard);
   m.def("train_sum_of_squares", &sum_of_squares, "(addresses, sizes) of float32 tensors", guard);
   m.def("train_embedding_backward", &embedding_backward, "fastppo/engine/kernels.py", guard);

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fastppo.engine import kernels
-from fastppo.engine.kernels import Normed, NormGradients, Where
+from fastppo.engine.kernels import Normed, Where
+from fastppo.engine.native import Memory, Native, Room, fits
 from fastppo.engine.spec import Block, Matrix, Spec
 from fastppo.engine.weights import Gradients, Weights
 from fastppo.gradients import FlatGradients
+from fastppo.kernels._products import mm
 
 
 class Inputs(NamedTuple):
@@ -53,7 +55,7 @@ class _Layer:
 class Tape:
     inputs: Inputs
     where: Where
-    layers: list[_Layer]
+    layers: list[_Layer] | Room
     last: Normed
 
 
@@ -81,30 +83,50 @@ class Body:
         self.spec, self.dtype = spec, dtype
         self.weights = Weights(spec, dtype, keep=train)
         self.gradients = Gradients(flat)
+        self._fits, self._memory = fits(spec), Memory()
+        self._native: Native | None = None
+
+    def refresh(self) -> None:
+        """The parameters have changed."""
+        self.weights.refresh()
+        if not self.weights.copied:
+            self._native = None
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def forward(self, inputs: Inputs, padded_rows: int, keep: bool) -> tuple[Tensor, Tape | None]:
         """(hidden [padded_rows, D] as T: the head's rows, then zeros or norms of zeros; what backward needs)."""
-        x, where = self._embed(inputs), self._where(inputs)
-        layers, add = [] if keep else None, None
-        *blocks, top = self.spec.blocks
-        for block in blocks:
-            x, add = self._block(block, x, add, where, layers)
-        x_RD, add = self._block(top, x, add, where, layers, _Rows(inputs.at_R, padded_rows))
+        where, rows = self._where(inputs), _Rows(inputs.at_R, padded_rows)
+        padded = inputs.rows > len(inputs.tokens_N) or padded_rows > len(inputs.at_R)
+        x_RD, add, layers = (self._blocks if padded or not self._fits else self._at_once)(inputs, where, rows, keep)
         last = kernels.norm(x_RD, add, self.spec.norm, self.dtype)
         return last.y_ND, Tape(inputs, where, layers, last) if keep else None
 
-    def _embed(self, inputs: Inputs) -> Tensor:
+    def _blocks(self, inputs: Inputs, where: Where, rows: _Rows, keep: bool) -> tuple[Tensor, Tensor, list | None]:
+        """(x, what the last block adds to it, what backward needs)"""
+        x, layers, add = torch.empty(inputs.rows, self.spec.tokens_VD.shape[1]), [] if keep else None, None
+        self._embed(inputs, x)
+        *blocks, top = self.spec.blocks
+        for block in blocks:
+            x, add = self._block(block, x, add, where, layers)
+        return *self._block(top, x, add, where, layers, rows), layers
+
+    def _at_once(self, inputs: Inputs, where: Where, rows: _Rows, keep: bool) -> tuple[Tensor, Tensor, Room]:
+        if self._native is None:
+            self._native = Native(self.spec, self.weights, self._memory)
+        room = self._native.room(inputs.rows, rows.at_R, keep)
+        self._embed(inputs, room.x_ND)
+        self._native.forward(room, where)
+        return room.last_RD, room.add_RD, room
+
+    def _embed(self, inputs: Inputs, x: Tensor) -> None:
         table = self.spec.tokens_VD
         N = len(inputs.tokens_N)
-        x = table.new_empty(inputs.rows, table.shape[1])
         torch.index_select(table, 0, inputs.tokens_N, out=x[:N])
         if self.spec.positions_PD is not None:
             x[:N] += self.spec.positions_PD.index_select(0, inputs.places_N)
         x[N:] = 0
-        return x
 
     def _where(self, inputs: Inputs) -> Where:
         if self.spec.rotary is None:
@@ -147,17 +169,15 @@ class Body:
         """Add the gradients of the parameters for dloss/dhidden (as T; zero in padding rows). The tape is used up."""
         last = tape.last
         dres = torch.empty_like(last.x_ND)
-        into = (dres, self._norm_gradients(self.spec.norm))
+        into = (dres, self.gradients.norm(self.spec.norm))
         f = self.spec.norm
         dy, _ = kernels.norm_backward(dhidden_RD, last.x_ND, last.stats_N2, f, *into, fresh=True, again=False)
-        for block in reversed(self.spec.blocks):
-            dres, dy = self._block_backward(block, tape.layers.pop(), tape.where, dres, dy)
+        if isinstance(tape.layers, Room):
+            dres = self._native.backward(tape.layers, tape.where, dy, dres, self.gradients)
+        else:
+            for block in reversed(self.spec.blocks):
+                dres, dy = self._block_backward(block, tape.layers.pop(), tape.where, dres, dy)
         self._embed_backward(tape.inputs, dres)
-
-    def _norm_gradients(self, f) -> NormGradients:
-        weight, add = self.gradients.target(f.weight_D)
-        bias, _ = self.gradients.target(f.bias_D)
-        return NormGradients(weight, bias, add)
 
     def _block_backward(self, block: Block, kept: _Layer, where: Where, dres: Tensor, dy: Tensor):
         """(dloss/dx in float32, the same as T)."""
@@ -182,7 +202,7 @@ class Body:
         return dres, dy
 
     def _norm_backward(self, dy, x, stats, f, dres):
-        return kernels.norm_backward(dy, x, stats, f, dres, self._norm_gradients(f))
+        return kernels.norm_backward(dy, x, stats, f, dres, self.gradients.norm(f))
 
     def _heads_backward(self, block: Block, kept: _Layer, dqkv: Tensor) -> None:
         for (first, width), f, stats in zip(_spans(block), block.head_norms, kept.head_stats, strict=True):
@@ -190,25 +210,17 @@ class Body:
             x = kept.qkv[:, part].float().reshape(-1, block.heads.D)
             dy = dqkv[:, part].reshape(-1, block.heads.D)
             dx = torch.empty_like(x)
-            kernels.norm_backward(dy, x, stats, f, dx, self._norm_gradients(f), fresh=True, again=False)
+            kernels.norm_backward(dy, x, stats, f, dx, self.gradients.norm(f), fresh=True, again=False)
             dqkv[:, part] = dx.view(len(dqkv), width)
 
     def _matrix_gradients(self, matrices: list[Matrix], x: Tensor, dy: Tensor) -> None:
-        parts = dy.split([m.outputs for m in matrices], 1)
-        together = len(matrices) > 1 and not matrices[0].turned
-        weights, add = self.gradients.block([m.weight for m in matrices]) if together else (None, False)
-        if weights is not None:
-            self.gradients.product_into(weights, add, dy.t(), x)
-        biases, add = self.gradients.block([m.bias for m in matrices]) if together else (None, False)
-        if biases is not None:
-            kernels.sum_columns(dy, biases, add)
-        for m, part in zip(matrices, parts, strict=True):
-            if weights is None:
-                a, b = (x.t(), part) if m.turned else (part.t(), x)
-                self.gradients.add_product(m.weight, a, b)
-            to, add = (None, False) if biases is not None else self.gradients.target(m.bias)
-            if to is not None:
-                kernels.sum_columns(part.contiguous(), to, add)
+        weights, biases = self.gradients.pieces(matrices)
+        for piece in weights:
+            part = dy[:, piece.first : piece.first + piece.count]
+            a, b = (x.t(), part) if piece.turned else (part.t(), x)
+            mm(a, b, out=piece.to, add=piece.add)
+        for piece in biases:
+            kernels.sum_columns(dy[:, piece.first : piece.first + piece.count], piece.to, piece.add)
 
     def _embed_backward(self, inputs: Inputs, dres: Tensor) -> None:
         """dres is used up."""

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastppo.engine.body import Body, Inputs
 from fastppo.engine.spec import Spec, read
+from fastppo.engine.weights import product
 from fastppo.gradients import FlatGradients
 from fastppo.kernels._backend import extension
 from fastppo.kernels.linear_logprob import Head, Scales, linear_logprob
 from fastppo.kernels.linear_ppo_loss import Chunk, Loss, Rows, chunk_rows, close_ranks, cpu_chunk
 
-# oneDNN compiles a bfloat16 product for every new number of rows: few numbers of rows, padded with zeros
+# where oneDNN makes bfloat16 products (no AMX tiles): it compiles one for every new number of rows, so few numbers, padded with zeros
 ROWS = 64
 # largest difference of the probe's hidden states, relative to the largest
 PROBE_TOLERANCE = 1e-3
@@ -105,7 +106,7 @@ class Engine:
             self._body, self._tile = None, torch.empty(0)
 
     def refresh(self) -> None:
-        self._body.weights.refresh()
+        self._body.refresh()
 
     @torch.no_grad()
     def score(self, packed, dtype: torch.dtype, with_values: bool) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +157,7 @@ class Engine:
             count = min(size, R - first)
             part_rows = rows._replace(hidden_RD=hidden[first : first + up(count, multiple)])
             tile = self._tile[: len(part_rows.hidden_RD) * V].view(-1, V)
-            torch.mm(part_rows.hidden_RD, weight_VD.t(), out=tile)
+            product(part_rows.hidden_RD, weight_VD.t(), tile)
             span = slice(first, first + count)
             given = Rows(hidden, rows.values_R[span], rows.tokens_R[span], _take(rows.batch, span))
             part = cpu_chunk(tile[:count], scales, bias, given, loss, backward)
@@ -178,9 +179,9 @@ class Engine:
             torch.index_select(hidden, 0, order_L, out=hidden_LD[:live])
             count = live
         else:
-            order_L, hidden_LD, dlogits, count = slice(0, 0), hidden[:0], tile[:0], 0
+            order_L, hidden_LD, dlogits, count = slice(0, 0), hidden[:1], tile[:1], 0  # a row of zeros
         dlogits[count:] = 0
-        dhidden[order_L] = torch.mm(dlogits, weight_VD)[:count]
+        dhidden[order_L] = product(dlogits, weight_VD, torch.empty_like(hidden_LD))[:count]
         gradients = self._body.gradients
         gradients.add_product(self._head.weight_VD, dlogits.t(), hidden_LD)
         if self._head.bias_V is not None:
@@ -188,7 +189,7 @@ class Engine:
 
 
 def _multiple(dtype: torch.dtype) -> int:
-    return 1 if dtype == torch.float32 else ROWS
+    return 1 if dtype == torch.float32 or extension().amx_works() else ROWS
 
 
 def _take(batch, span: slice):

@@ -81,8 +81,9 @@ def activation_backward(pre: Tensor, dact_NF: Tensor, kind: int) -> tuple[Tensor
 
 
 def sum_columns(x_NF: Tensor, out_F: Tensor, add: bool) -> None:
-    """out (+)= x.sum(0), in float32."""
-    extension().train_sum_columns(x_NF.data_ptr(), *x_NF.shape, out_F.data_ptr(), add, x_NF.dtype == torch.bfloat16)
+    """out (+)= x.sum(0), in float32. x: contiguous rows, at any distance."""
+    half = x_NF.dtype == torch.bfloat16
+    extension().train_sum_columns(x_NF.data_ptr(), *x_NF.shape, x_NF.stride(0), out_F.data_ptr(), add, half)
 
 
 def copy_all(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ class Matrix:
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, turned: bool = False):
         self.weight, self.bias, self.turned = weight, bias, turned
-        self.outputs = weight.shape[1 if turned else 0]
+        self.inputs, self.outputs = weight.shape if turned else reversed(weight.shape)
 
 
 @dataclass(eq=False)

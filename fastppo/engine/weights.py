@@ -5,15 +5,28 @@ in float32 the parameters serve as they are, but for small models, whose matrice
 buffer is kept from step to step of an optimise stage: fresh memory would be paid for by page faults.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from fastppo.engine import kernels
+from fastppo.engine.kernels import Norm, NormGradients
 from fastppo.engine.spec import Matrix, Spec
 from fastppo.gradients import FlatGradients
+from fastppo.kernels._products import by_torch, mm, on_tiles
 
 # below this size copies of the weights cost less than the calls that they save
 SIDE_BY_SIDE_BYTES = 16 * 2**20
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """a b into out, in bfloat16 never for a number of rows that oneDNN has to compile for, and without a rounded sum on its way."""
+    if a.dtype == torch.float32:
+        mm(a, b, out=out, add=add)
+    elif not on_tiles(a, b, out, add=add):
+        by_torch(a, b, out, add=add)
+    return out
 
 
 class Ready:
@@ -30,20 +43,14 @@ class Ready:
         out = x_NK.new_empty(len(x_NK), self.outputs)
         for w_nK, b_n, first in self.parts:
             to = out if len(self.parts) == 1 else out[:, first : first + len(w_nK)]
-            if b_n is None:
-                torch.mm(x_NK, w_nK.t(), out=to)
-            else:
-                torch.addmm(b_n, x_NK, w_nK.t(), out=to)
+            mm(x_NK, w_nK.t(), out=to, bias=b_n)
         return out
 
     def backward(self, dy: Tensor) -> Tensor:
         """dy W"""
-        if len(self.parts) == 1:
-            return torch.mm(dy, self.parts[0][0])
-        out = None
+        out = dy.new_empty(len(dy), self.parts[0][0].shape[1])
         for w_nK, _, first in self.parts:
-            part = dy[:, first : first + len(w_nK)]
-            out = torch.mm(part, w_nK) if out is None else out.addmm_(part, w_nK)
+            mm(dy[:, first : first + len(w_nK)], w_nK, out=out, add=first > 0)
         return out
 
 
@@ -53,14 +60,14 @@ class Weights:
     def __init__(self, spec: Spec, dtype: torch.dtype, keep: bool):
         self.dtype, self.keep = dtype, keep
         size = sum(p.nbytes for p in spec.parameters())
-        self._copy = dtype != torch.float32 or size <= SIDE_BY_SIDE_BYTES
+        self.copied = dtype != torch.float32 or size <= SIDE_BY_SIDE_BYTES  # they stay where they are over a refresh
         self._ready: dict[int, Ready] = {}
         self._head: tuple[Tensor, Tensor] | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []  # (parameter, where it is copied to)
 
     def refresh(self) -> None:
         """The parameters have changed."""
-        if not self._copy:
+        if not self.copied:
             self._ready.clear()
         kernels.copy_all(self._copies, self.dtype)
 
@@ -76,7 +83,7 @@ class Weights:
     def _make(self, matrices: list[Matrix]) -> Ready:
         outputs = sum(m.outputs for m in matrices)
         alone = len(matrices) == 1 and self.dtype == torch.float32
-        if alone or not self._copy:
+        if alone or not self.copied:
             parts, first = [], 0
             for m in matrices:
                 weight = m.weight.detach()
@@ -160,29 +167,50 @@ class Gradients:
         whole = torch.empty(sum(rows), *parameters[0].shape[1:])
         return whole, whole.split(rows)
 
+    def norm(self, f: Norm) -> NormGradients:
+        weight, add = self.target(f.weight_D)
+        bias, _ = self.target(f.bias_D)
+        return NormGradients(weight, bias, add)
+
+    def pieces(self, matrices: list[Matrix]) -> tuple[list["Piece"], list["Piece"]]:
+        """Where the gradients of matrices side by side, and of their biases, go."""
+        apart = matrices[0].turned
+        return self._pieces(matrices, [m.weight for m in matrices], apart), self._pieces(
+            matrices, [m.bias for m in matrices], False
+        )
+
+    def _pieces(self, matrices: list[Matrix], parameters: list[nn.Parameter | None], apart: bool) -> list["Piece"]:
+        if len(matrices) > 1 and not apart:
+            whole, add = self.block(parameters)
+            if whole is not None:
+                return [Piece(whole, add, 0, len(whole), False)]
+        found, first = [], 0
+        for m, parameter in zip(matrices, parameters, strict=True):
+            to, add = self.target(parameter)
+            if to is not None:
+                found.append(Piece(to, add, first, m.outputs, apart))
+            first += m.outputs
+        return found
+
     def add_product(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
         """parameter.grad += a b"""
-        self.product_into(*self.target(parameter), a, b)
-
-    def product_into(self, to: Tensor | None, add: bool, a: Tensor, b: Tensor) -> None:
-        """to (+)= a b"""
-        if to is None:
-            return
-        if a.dtype != to.dtype:
-            self._add(to, torch.mm(a, b), add)
-        elif add:
-            to.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=to)
+        to, add = self.target(parameter)
+        if to is not None:
+            product(a, b, to, add)
 
     def add(self, parameter: nn.Parameter, x: Tensor) -> None:
         to, add = self.target(parameter)
-        if to is not None:
-            self._add(to, x, add)
-
-    @staticmethod
-    def _add(to: Tensor, x: Tensor, add: bool) -> None:
-        if add:
+        if to is not None and add:
             to.add_(x)
-        else:
+        elif to is not None:
             to.copy_(x)
+
+
+class Piece(NamedTuple):
+    """to (+)= dy[:, first : first + count]^T x, of a bias the sums of those columns; turned: x^T dy."""
+
+    to: Tensor
+    add: bool
+    first: int
+    count: int
+    turned: bool

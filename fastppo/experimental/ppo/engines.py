@@ -72,7 +72,7 @@ class SeparateValues(Classifier):
             self._body = self._leaf_RD = self._tape = None
 
     def refresh(self) -> None:
-        self._body.weights.refresh()
+        self._body.refresh()
 
     def forward(self, pack: packed.Pack) -> None:
         states_RD, self._tape = self._body.forward(inputs_of(pack, 1), len(pack.at_R), keep=True)
