@@ -1,6 +1,7 @@
 """One process of test_distributed.py: runs the cases that it is given on its share of the rows and writes what it found.
 
 python distributed_worker.py FOLDER CASE[,CASE...] [fsdp2]        under torchrun, or alone for the single-process result
+accelerate launch ... distributed_worker.py FOLDER CASE[,CASE...] launched        how parameters lie is the launcher's choice
 Every case splits the same 8 (or 7) sequences of a step over the processes, so that mini-batches hold the same ones.
 """
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastppo
+from fastppo.distributed import fsdp_units
 
 GLOBAL, MINI = 8, 4  # sequences of a step and of a mini-batch over all processes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -53,6 +55,10 @@ def cpu_fsdp2() -> None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
 
     AcceleratorState.__init__ = __init__
+
+
+def ask_for_fsdp2() -> None:
+    """What accelerate launch sets from examples/accelerate/fsdp2.yaml."""
     options = {"USE_FSDP": "true", "USE_CPU": "true"}
     os.environ |= {f"ACCELERATE_{name}": value for name, value in options.items()}
     options = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "RESHARD_AFTER_FORWARD": "true"}
@@ -123,6 +129,7 @@ def classic(name: str) -> tuple[dict, list[dict]]:
             (sampled,) = made.accelerator.reduce(torch.stack([torch.stack(responses).sum()]))
             steps[-1]["sampled tokens"] = int(sampled)
     steps.append({"optimizer steps": int(next(iter(made.optimizer.state.values()))["step"])})
+    assert bool(fsdp_units(made.model)) == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
     moments = {"mean": float(made.running.mean), "std": float(made.running.std), "count": float(made.running.count)}
     assert type(made._path).__name__ == ("PaddedPath" if name == "padded" else "PackedPath")
     return weights(made.model), [*steps, moments]
@@ -282,8 +289,10 @@ def main() -> None:
     folder, names, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if rest == ["fsdp2"]:
+    if rest:
         cpu_fsdp2()
+    if rest == ["fsdp2"]:
+        ask_for_fsdp2()
     for name in names.split(","):
         run_case(name, Path(folder))
     if WORLD > 1:

@@ -96,7 +96,10 @@ def close(found, wanted, where: str) -> None:
 
 @pytest.mark.parametrize(("launch", "case"), [(n, case) for n, x in LAUNCHES.items() if n != "one" for case in x[2]])
 def test_many_processes_give_the_result_of_one(folder, launch, case):
-    one, many, processes = results("one", folder), results(launch, folder), LAUNCHES[launch][0]
+    same_as_one(results("one", folder), results(launch, folder), case, LAUNCHES[launch][0])
+
+
+def same_as_one(one: Path, many: Path, case: str, processes: int) -> None:
     wanted = load_file(one / f"{case}.0.safetensors")
     for rank in range(processes):
         found = load_file(many / f"{case}.{rank}.safetensors")
@@ -137,6 +140,37 @@ def test_a_saved_policy_is_whole_and_loads_with_transformers_alone(folder, launc
     adapted = PeftModel.from_pretrained(model, done / "resume_lora-policy", is_trainable=True)
     adapters = {f"pretrained_model.{name}": p for name, p in adapted.named_parameters() if p.requires_grad}
     assert adapters and all(torch.equal(p, trained["resume_lora"][name]) for name, p in adapters.items())
+
+
+CONFIGURED = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no", "--config_file"]
+ALL_TRAINERS = ["plain", "late", "sft", "reward"]
+# launcher -> (its arguments, cases)
+LAUNCHERS = {
+    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], ["plain"]),
+    "ddp.yaml": ([*CONFIGURED, "examples/accelerate/ddp.yaml", "--main_process_port", "0"], ALL_TRAINERS),
+    "fsdp2.yaml": ([*CONFIGURED, "examples/accelerate/fsdp2.yaml", "--main_process_port", "0"], ALL_TRAINERS),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_with_the_example_configurations(folder, tmp_path, launcher):
+    """torchrun and accelerate launch for real; without a GPU accelerate takes gloo."""
+    arguments, cases = LAUNCHERS[launcher]
+    command = [
+        sys.executable,
+        *arguments,
+        str(HERE / "distributed_worker.py"),
+        str(tmp_path),
+        ",".join(cases),
+        "launched",
+    ]
+    variables = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    variables |= {"ACCELERATE_USE_CPU": "1"} if launcher == "torchrun" else {}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ((status, output),) = ends([subprocess.Popen(command, env=variables, cwd=HERE.parent, **pipes)], LIMIT_SECONDS)
+    assert status == 0, output[-4000:]
+    for case in cases:
+        same_as_one(results("one", folder), tmp_path, case, 2)
 
 
 @pytest.mark.parametrize(
