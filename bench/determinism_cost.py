@@ -1,14 +1,20 @@
 """What PPOConfig.deterministic costs: seconds of generate and step, off and on, in turns; medians and their ratio.
 
-python -m bench.determinism_cost --model MODEL [--rounds 9]
+python -m bench.determinism_cost --model MODEL [--name NAME] [--rounds 9] [--no-csv]
+Rows go to bench/results/deterministic.csv.
 """
 
 import argparse
 import statistics
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
 
 
 def trainer(model: str, deterministic: bool):
@@ -38,6 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--name", help="what the rows call the model; the folder's name when not given")
+    parser.add_argument("--no-csv", action="store_true")
     options = parser.parse_args()
     made = {name: trainer(options.model, name == "on") for name in ("off", "on")}
     for each in made.values():
@@ -46,9 +54,13 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, each in made.items():
             seconds[name].append(once(each))
+    model = options.name or Path(options.model).name
     for stage, what in enumerate(("generate", "step")):
-        off, on = (statistics.median(row[stage] for row in seconds[name]) for name in ("off", "on"))
-        print(f"{what}: off {off:.4f} s, on {on:.4f} s, ratio {on / off:.2f} ({torch.get_num_threads()} threads)")
+        medians_ms = {name: 1e3 * statistics.median(row[stage] for row in seconds[name]) for name in made}
+        note = f"deterministic=True off and on, in turns; median of {options.rounds}"
+        shape = f"{model}, {what}: 32 sequences, 64 new tokens, mini-batch 8, 4 epochs"
+        told = dict(baseline="off", note=note, csv=not options.no_csv)
+        harness.report("deterministic", shape, torch.float32, medians_ms, **told)
 
 
 if __name__ == "__main__":
