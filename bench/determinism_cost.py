@@ -56,9 +56,10 @@ def main() -> None:
             seconds[name].append(once(each))
     model = options.name or Path(options.model).name
     for stage, what in enumerate(("generate", "step")):
-        medians_ms = {name: 1e3 * statistics.median(row[stage] for row in seconds[name]) for name in made}
+        names = {"off": "off", "on": "fastppo on"}
+        medians_ms = {names[name]: 1e3 * statistics.median(row[stage] for row in seconds[name]) for name in made}
         note = f"deterministic=True off and on, in turns; median of {options.rounds}"
-        shape = f"{model}, {what}: 32 sequences, 64 new tokens, mini-batch 8, 4 epochs"
+        shape = f"{model}: {what}, 32 sequences of 64 new tokens, mini-batch 8, 4 epochs"
         told = dict(baseline="off", note=note, csv=not options.no_csv)
         harness.report("deterministic", shape, torch.float32, medians_ms, **told)
 

@@ -32,6 +32,7 @@ STAGES = {
     "late_loop": ("late trainer, an update", "TRL 1.12.0"),
     "generate": ("rollout", "model.generate"),
     "bench_scaling": ("weak scaling", "one process"),
+    "deterministic": ("deterministic=True", "without it"),
 }
 NONE_YET = "No measurements have been recorded yet."
 
