@@ -1,6 +1,6 @@
 """Matrix products of training against torch.mm: forward x W^T, dx = dy W and dW = dy^T x of layers [outputs, inputs] at some tokens.
 
-GPT-2 124M's layers and head, a tiny GPT-2's and stories260K's. `tiles` is csrc/cpu/products.cpp, `mm` what training calls, which
+GPT-2 124M's layers and head, a tiny GPT-2's and stories260K's. `cpu` is csrc/cpu/products.cpp, `ours` is mm, what training calls, which
 takes torch's product where that is faster. dW of bfloat16 factors is wanted in float32: torch has one more pass for it.
 """
 
@@ -35,9 +35,9 @@ def case(shape: tuple, dtype: torch.dtype, options) -> None:
             else:
                 out.copy_(torch.mm(a, b))
 
-        fns = {"mm": lambda a=a, b=b, out=out: mm(a, b, out), "torch": torchs}
+        fns = {"ours": lambda a=a, b=b, out=out: mm(a, b, out), "torch": torchs}
         if on_tiles(a, b, out):
-            fns["tiles"] = lambda a=a, b=b, out=out: on_tiles(a, b, out)
+            fns["cpu"] = lambda a=a, b=b, out=out: on_tiles(a, b, out)
         medians_ms = harness.compare(fns, rounds=options.rounds, warmup=1)
         text = f"{name}, {tokens} tokens, [{outputs}, {inputs}]"
         flops = 2 * tokens * outputs * inputs

@@ -15,6 +15,7 @@ from fastppo.kernels._backend import extension
 
 # Measured with 2 threads: fewer rows or values of k, or fewer multiplications, are faster by torch.
 LEAST_ROWS, LEAST_DEPTH, LEAST_WORK = 24, 48, {torch.float32: 1 << 21, torch.bfloat16: 1 << 16}
+MOST_HALF_DEPTH = 1 << 13  # k of bfloat16 factors: the output embedding's 50,257 are read too slowly (0.6 of torch)
 
 
 @functools.cache
@@ -41,6 +42,8 @@ def mm(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, bias: Tensor | Non
 
 def faster(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     """Whether tiles multiply sooner than torch."""
+    if dtype == torch.bfloat16 and K > MOST_HALF_DEPTH:
+        return False
     return M >= LEAST_ROWS and K >= LEAST_DEPTH and LEAST_WORK.get(dtype, M * N * K + 1) <= M * N * K
 
 
