@@ -179,7 +179,7 @@ class TrainBody {
 
  private:
   // flags of product()
-  static constexpr int64_t kFewest = 128;
+  static constexpr int64_t kLeastRows = 24, kLeastDepth = 48, kLeastWork = 1 << 21;
   enum { kAlongA = 1, kAlongB = 2, kHalf = 4, kHalfOut = 8, kHalfBias = 16, kAdd = 32 };
 
   void norm(const Norm& n, int64_t N, uintptr_t x, uintptr_t add, uintptr_t sum, uintptr_t stats, uintptr_t y) const {
@@ -202,8 +202,8 @@ class TrainBody {
   }
 
   void multiply(const std::array<uintptr_t, 4>& addresses, const std::array<int64_t, 6>& sizes, int flags) const {
-    // a float costs six products of tiles; below these sizes vectors are faster
-    const bool small = !f_.bf16 && (sizes[0] < kFewest || sizes[1] < kFewest || sizes[2] < kFewest);
+    // a float costs six products of tiles; below these sizes (kernels/_products.py) vectors are faster
+    const bool small = !f_.bf16 && (sizes[0] < kLeastRows || sizes[2] < kLeastDepth || sizes[0] * sizes[1] * sizes[2] < kLeastWork);
     (small ? small_product : product)(addresses, sizes, flags);
   }
 
