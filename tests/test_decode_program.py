@@ -201,6 +201,30 @@ def test_autocast_decodes_on_a_program_of_its_own_type(weights, programs, monkey
     assert len(made) == programs and rollout.mask_BT.sum() > 0
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_packing_keeps_nan_and_rounds_to_nearest_even(transposed):
+    weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    weight[3, 7], weight[39, 49] = float("nan"), 1 + 2**-8  # halfway between two bf16 numbers
+    laid_out = weight.T.contiguous().T if transposed else weight
+    packed = torch.empty(extension().packed_size(40, 50), dtype=torch.bfloat16)
+    extension().pack_linear(laid_out.data_ptr(), False, *laid_out.stride(), 40, 50, packed.data_ptr(), True)
+    found = (
+        packed.view(2, 32, 32, 2).permute(0, 2, 1, 3).reshape(64, 64)
+    )  # [panel][pair of k][column][2] -> [column][k]
+    wanted = torch.zeros(64, 64, dtype=torch.bfloat16)
+    wanted[:40, :50] = weight.bfloat16()
+    assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.nan_to_num(), wanted.nan_to_num())
+
+
+def test_bf16_decode_weights_keep_pages_in_bf16(monkeypatch):
+    made, real = [], fast_path.DecodeProgram
+    monkeypatch.setattr(fast_path, "DecodeProgram", lambda *args: made.append(args[1]) or real(*args))
+    model = tiny("llama", scale=0.5)
+    for weights, pages in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
+        Generator(model, decode_weights=weights).generate([torch.tensor([5, 6, 7])], max_new_tokens=4)
+        assert {x.dtype for pair in made[-1].layers.values() for x in pair} == {pages}
+
+
 def test_written_out_activations_become_one_operation():
     for name, kind, mode in (("gpt2", "unary", UNARY.index("gelu_tanh")), ("llama", "rms_norm", 0)):
         model = tiny(name)

@@ -26,20 +26,6 @@ constexpr int kTile = 8;           // rows of x in registers
 constexpr int64_t kDepth = 256;     // even: bf16 panels hold pairs
 constexpr int64_t kRowBlock = 128;  // rows whose part of x stays in L2 while the panels pass
 
-FASTPPO_INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN stays NaN
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-FASTPPO_INLINE float from_bf16(uint16_t x) {
-  uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 FASTPPO_INLINE vec16 bits16(ivec16 bits) { return reinterpret_cast<vec16&>(bits); }
 
 // sums [R, 32] (+)= x [R, some k] w. `ahead`: weights of the next panel, fetched while this one is at work, or nullptr;
@@ -135,59 +121,6 @@ FASTPPO_CLONES void panel(const uint16_t* w, const float* bias, int columns, con
   panel_of(w, bias, columns, x, K, out, N, rows, last);
 }
 
-// 32 x 32 weights: read along whichever of n and k is contiguous, written in the panel's order.
-FASTPPO_CLONES void pack_block(const float* from, int64_t n_stride, int64_t k_stride, int columns, int depth, void* to,
-                               bool to_is_bf16) {
-  float block[kPanel][kPanel] = {};  // [k][n]
-  if (n_stride == 1) {
-    for (int k = 0; k < depth; ++k) std::memcpy(block[k], from + k * k_stride, columns * sizeof(float));
-  } else {
-    for (int j = 0; j < columns; ++j) {
-      for (int k = 0; k < depth; ++k) block[k][j] = from[j * n_stride + k * k_stride];
-    }
-  }
-  if (!to_is_bf16) {
-    std::memcpy(to, block, sizeof(block));
-    return;
-  }
-  uint16_t* pairs = static_cast<uint16_t*>(to);
-  for (int k = 0; k < kPanel; k += 2) {
-    for (int j = 0; j < kPanel; ++j) {
-      pairs[(k / 2 * kPanel + j) * 2] = to_bf16(block[k][j]);
-      pairs[(k / 2 * kPanel + j) * 2 + 1] = to_bf16(block[k + 1][j]);
-    }
-  }
-}
-
-// Weight (n, k) lies at n * n_stride + k * k_stride: nn.Linear and its transpose, GPT-2's Conv1D.
-void pack(uintptr_t weight, bool from_is_bf16, int64_t n_stride, int64_t k_stride, int64_t N, int64_t K, uintptr_t packed,
-          bool to_is_bf16) {
-  const int64_t size = panel_size(K);
-  ask_for_huge_pages(packed, (N + kPanel - 1) / kPanel * size * (to_is_bf16 ? 2 : 4));
-  parallel_for((N + kPanel - 1) / kPanel, size, [&](int64_t begin, int64_t end) {
-    std::vector<float> wide;
-    for (int64_t p = begin; p < end; ++p) {
-      const int columns = static_cast<int>(std::min<int64_t>(kPanel, N - p * kPanel));
-      for (int64_t k = 0; k < K; k += kPanel) {
-        const int depth = static_cast<int>(std::min<int64_t>(kPanel, K - k));
-        const int64_t at = p * kPanel * n_stride + k * k_stride;
-        void* to = reinterpret_cast<char*>(packed) + (p * size + k * kPanel) * (to_is_bf16 ? 2 : 4);
-        if (!from_is_bf16) {
-          pack_block(reinterpret_cast<const float*>(weight) + at, n_stride, k_stride, columns, depth, to, to_is_bf16);
-          continue;
-        }
-        wide.resize(kPanel * kPanel);
-        for (int j = 0; j < columns; ++j) {
-          for (int d = 0; d < depth; ++d) {
-            wide[d * kPanel + j] = from_bf16(reinterpret_cast<const uint16_t*>(weight)[at + j * n_stride + d * k_stride]);
-          }
-        }
-        pack_block(wide.data(), 1, kPanel, columns, depth, to, to_is_bf16);
-      }
-    }
-  });
-}
-
 void panels(const Linear& f, const float* x, float* out, int64_t rows, int64_t begin, int64_t end) {
   for (int64_t r0 = 0; r0 < rows; r0 += kRowBlock) {
     const int64_t some = std::min(kRowBlock, rows - r0);
@@ -215,7 +148,7 @@ void packed_linear(const Linear& f, const float* x, float* out, int64_t rows, bo
 }
 
 void bind_packed_linear(pybind11::module_& m) {
-  m.def("pack_linear", &pack, "fastppo/generation/decode_program.py", pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("pack_linear", &pack_linear, "fastppo/generation/decode_program.py", pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def(
       "packed_linear",
       [](uintptr_t packed, bool is_bf16, uintptr_t bias, int64_t N, int64_t K, uintptr_t x, uintptr_t out, int64_t rows,

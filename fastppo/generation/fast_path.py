@@ -44,6 +44,8 @@ def program_for(runner: ModelRunner, weights: torch.dtype | None) -> DecodeProgr
                 programs[key] = _trace(runner.model)
             if isinstance(programs[key], str):
                 return None
+            if weights is not None and not fresh:
+                runner.keep_pages_in(weights)
             program = DecodeProgram(programs[key], runner.cache, weights or runner.model.dtype)
             if programs[key].is_checked(state, CHECK_EVERY):
                 return program

@@ -35,7 +35,7 @@ class Generator:
     model: a transformers causal LM, or one inside PEFT, value-head (`.pretrained_model`, `.v_head`) or DDP wrappers.
     block_size: tokens per KV page.   max_num_seqs: most sequences decoded together.   max_num_batched_tokens: most prompt
     tokens read in one forward pass (None: 1,024 on a CPU, 8,192 on a GPU).   decode_weights: torch.bfloat16 halves what a
-    decode step on a CPU reads; None keeps the model's dtype.   num_blocks / kv_cache_bytes: size of the KV cache; None takes what the call can
+    decode step on a CPU reads, weights and KV pages; None keeps the model's dtype.   num_blocks / kv_cache_bytes: size of the KV cache; None takes what the call can
     use, at most half of the free memory.   share_prefixes: equal beginnings of prompts are computed once.   cuda_graphs: replay decode steps
     on a GPU as CUDA graphs (where a capture fails, that is logged once); False launches each operation.
     batch_invariant: bitwise the same numbers whatever these sizes are: without a traced program, one sequence at a time.

@@ -4,6 +4,7 @@ Suffixes: N tokens of a step, B sequences of a step, M pages per sequence, V voc
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -45,9 +46,18 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None  # on a GPU: several decode steps without the host in between
         self.device = model.get_input_embeddings().weight.device
         self.block_size = block_size
-        self.cache = KVCache(layers, num_blocks, block_size, self.device)
+        self._layers, self._num_blocks = layers, num_blocks
         self._keeps_logits = model._supports_logits_to_keep()
         self._hidden: list[torch.Tensor] = []
+
+    @functools.cached_property
+    def cache(self) -> KVCache:
+        return KVCache(self._layers, self._num_blocks, self.block_size, self.device)
+
+    def keep_pages_in(self, dtype: torch.dtype) -> None:
+        """The dtype of the pages, instead of the model's; before they are first used."""
+        assert "cache" not in vars(self)
+        self._layers = [spec._replace(dtype=dtype) for spec in self._layers]
 
     @contextlib.contextmanager
     def _watching_head(self):
