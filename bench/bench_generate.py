@@ -21,12 +21,12 @@ def stories(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def step_bytes(model, prompt: int, limits: list[int], weight_bytes: int) -> int:
-    """Bytes that the decode steps of one rollout read."""
+def step_bytes(model, prompt: int, limits: list[int], width: int) -> int:
+    """Bytes that the decode steps of one rollout read; width: of a weight, key or value."""
     config = model.config
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token = 2 * 4 * config.num_hidden_layers * kv_heads * (config.hidden_size // config.num_attention_heads)
-    weights = sum(p.numel() for p in model.parameters()) * weight_bytes
+    per_token = 2 * width * config.num_hidden_layers * kv_heads * (config.hidden_size // config.num_attention_heads)
+    weights = sum(p.numel() for p in model.parameters()) * width
     total = 0
     for step in range(1, max(limits)):
         total += weights + sum(limit > step for limit in limits) * (prompt + step) * per_token
@@ -57,13 +57,13 @@ def case(name: str, model, B: int, prompt: int, limits: list[int], options, vari
         print(
             f"{name:>32} {variant:>10} {ms:9.1f} ms {tokens / ms * 1e3:9.0f} tokens/s {medians_ms['torch'] / ms:6.2f}x"
         )
-    weight_bytes = 2 if "bf16" in variants else 4
+    width = 2 if "bf16" in variants else 4
     harness.report(
         "generate",
         f"{name} batch {B} prompt {prompt} new {min(limits)}-{max(limits)}",
         torch.float32,
         medians_ms,
-        bytes=step_bytes(model, prompt, limits, weight_bytes),
+        bytes=step_bytes(model, prompt, limits, width),
         baseline="torch",
         note=f"{tokens} response tokens; torch is model.generate",
         csv=options.csv,
