@@ -132,6 +132,19 @@ def test_gradients_of_two_microbatches_add_up(name):
         torch.testing.assert_close(twice[key], 2 * want, rtol=1e-5, atol=1e-8)
 
 
+def test_gradients_that_lie_otherwise_are_added_to(way):
+    """Somebody else's .grad in columns: the kernels write rows."""
+    model, (pack, batch) = made("qwen2"), some_pack()
+    once = by_engine(model, pack, batch)[2]
+    for p in model.parameters():
+        p.grad = p.grad.t().contiguous().t() if p.dim() == 2 else p.grad
+    engine = engine_of(model)
+    with engine.started(torch.float32):
+        engine.learn(pack, batch, CLIPPED, 46.0, True)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.double(), 2 * once[name], rtol=1e-5, atol=1e-8)
+
+
 def test_frozen_parameters_get_no_gradient_and_change_no_other(way):
     model, (pack, batch) = made("gpt2"), some_pack()
     _, _, whole = by_engine(model, pack, batch)

@@ -133,6 +133,8 @@ class Gradients:
         if parameter is None or not parameter.requires_grad:
             return None, False
         if parameter.grad is not None:
+            if not parameter.grad.is_contiguous():  # somebody else's: the kernels write rows one after the other
+                parameter.grad = parameter.grad.contiguous()
             return parameter.grad, True
         if parameter not in self._buffers:
             own = None if self._flat is None else self._flat.views.get(parameter)
