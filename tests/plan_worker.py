@@ -64,6 +64,7 @@ def status(name: str) -> int:
 def measure(case: dict) -> int:
     if case.get("strategy") == "fsdp":
         distributed_worker.cpu_fsdp2()
+        distributed_worker.ask_for_fsdp2()
     small = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 1}
     warm = {"model": ["gpt2", small], "config": {"batch_size": 2, "mini_batch_size": 2}, "lengths": [4, 4]}
     steps(case | warm)  # what libraries load and allocate for themselves
