@@ -24,13 +24,12 @@ class Team {
   // run(context, begin, end) on [0, n), a part on each thread; returns when all are done.
   void loop(void (*run)(const void*, int64_t, int64_t), const void* context, int64_t n) {
     run_ = run, context_ = context, n_ = n;
-    const uint64_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-    epoch_.store(epoch, std::memory_order_release);
-    Team* team = current();
-    current() = nullptr;  // a loop within the loop is serial
-    share(0);
-    current() = team;
-    for (int t = 1; t < size_; ++t) wait([&] { return done_[t].epoch.load(std::memory_order_acquire) == epoch; });
+    signal([this] {
+      Team* team = current();
+      current() = nullptr;  // a loop within the loop is serial
+      share(0);
+      current() = team;
+    });
   }
 
   template <typename F>
@@ -57,18 +56,37 @@ class Team {
     if (begin < end) run_(context_, begin, end);
   }
 
+  // What thread 0 wrote before it raised epoch_ is read after; what this thread wrote or read is before done_, which thread 0
+  // waits for before it writes again. The last thing that a thread does with the team is to say that it is done.
   void serve(int t) {
-    for (uint64_t seen = 0;; done_[t].epoch.store(seen, std::memory_order_release)) {
+    for (uint64_t seen = 0, last = 0; !last; done_[t].epoch.store(seen, std::memory_order_release)) {
       wait([&] { return epoch_.load(std::memory_order_acquire) != seen; });
       ++seen;
-      if (!run_) return;
-      share(t);
+      if (run_) share(t);
+      else last = seen;
     }
   }
 
+  // Raises epoch_ and waits until the others are done with it.
+  template <typename Own>
+  void signal(const Own& own) {
+    const uint64_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+    epoch_.store(epoch, std::memory_order_release);
+    struct Others {  // waits on the way out of an exception too: nobody may still look at what is written next
+      const Team& team;
+      uint64_t epoch;
+      ~Others() {
+        for (int t = 1; t < team.size_; ++t) wait([&] { return team.done_[t].epoch.load(std::memory_order_acquire) == epoch; });
+      }
+    } others{*this, epoch};
+    own();
+  }
+
+  // The team is on thread 0's stack: without this wait its end and the others' last look at it would be kept apart by OpenMP's
+  // barrier alone, which ThreadSanitizer does not see in libgomp (nor a region's beginning: it warns of every plain parallel region).
   void close() {
     run_ = nullptr;
-    epoch_.fetch_add(1, std::memory_order_release);
+    signal([] {});
   }
 
   alignas(64) std::atomic<uint64_t> epoch_{0};
