@@ -42,11 +42,11 @@ def environment(rank: int, processes: int, port: int) -> dict[str, str]:
     return os.environ | own
 
 
-def start(processes: int, *arguments: str) -> list[subprocess.Popen]:
+def start(processes: int, *arguments: str, worker: str = "distributed_worker.py") -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(HERE / "distributed_worker.py"), *arguments]
+    command = [sys.executable, str(HERE / worker), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [subprocess.Popen(command, env=environment(r, processes, port), **pipes) for r in range(processes)]
 

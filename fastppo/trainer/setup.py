@@ -92,6 +92,9 @@ def running_moments(accelerator) -> RunningMoments:
 
 def prepare_with_accelerate(trainer) -> None:
     """Model, optimizer, collator, dataloader and scheduler through accelerator.prepare; the reference beside them."""
+    kind = distributed.kind(trainer.accelerator)
+    if kind.startswith("zero"):
+        complete_deepspeed_config(trainer)
     prepared = trainer.accelerator.prepare(
         trainer.model, trainer.optimizer, trainer.data_collator, trainer.dataloader, trainer.lr_scheduler
     )
@@ -102,13 +105,23 @@ def prepare_with_accelerate(trainer) -> None:
         trainer.dataloader = Batches(trainer.dataloader, sampler, size, processes)
     if trainer.ref_model is None:
         return
-    kind = distributed.kind(trainer.accelerator)
     if kind.startswith("zero"):
         trainer.ref_model = trainer._prepare_deepspeed(trainer.ref_model)
     elif kind == "fsdp2":
         trainer.ref_model = distributed.prepare_frozen(trainer.accelerator, trainer.ref_model)
     else:
         trainer.ref_model = trainer.accelerator.prepare_model(trainer.ref_model, evaluation_mode=True).eval()
+
+
+def complete_deepspeed_config(trainer) -> None:
+    """What DeepSpeed's configuration leaves open: clipping (accelerate would clip at 1.0) and the micro-batch's size, which
+    accelerate looks for in a dataloader."""
+    options, config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config, trainer.config
+    wanted = {
+        "gradient_clipping": config.max_grad_norm or 0.0,
+        "train_micro_batch_size_per_gpu": config.mini_batch_size,
+    }
+    options |= {name: value for name, value in wanted.items() if options.get(name, "auto") == "auto"}
 
 
 def prepare_deepspeed(accelerator, model):
@@ -127,8 +140,9 @@ def prepare_deepspeed(accelerator, model):
         }
     elif stage != 3:
         config["zero_optimization"]["stage"] = 0
-    model, *_ = deepspeed.initialize(model=model, config=config)
-    return model.eval()
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()  # returns nothing
+    return engine
 
 
 def prepare_hub(trainer) -> None:
