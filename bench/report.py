@@ -149,7 +149,7 @@ def kernels(rows: Sequence[Row]) -> str:
     ]
     below = (
         "Over all measured cases: worst / median / best. The baseline is plain PyTorch; for the linear rooms it is the bare "
-        "matrix products they cannot beat. Every row, slower ones too: bench/results/README.md."
+        "matrix products, made by torch. Every row, slower ones too: bench/results/README.md."
     )
     return f"{markdown(header, lines)}\n\n{below}" if lines else ""
 
