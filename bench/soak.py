@@ -100,9 +100,11 @@ class Worker:
             while self.made._steps_done < steps:
                 for queries in self.made.dataloader:
                     row = self.step(queries)
-                    self.made.save_checkpoint(self.folder / "checkpoints", keep=2)
-                    rows.write(json.dumps(row) + "\n")
+                    rows.write(
+                        json.dumps(row) + "\n"
+                    )  # before the checkpoint: a step that is done again has two rows, none is lost
                     rows.flush()
+                    self.made.save_checkpoint(self.folder / "checkpoints", keep=2)
                     if self.made._steps_done == steps:
                         break
                     if time.time() > until:
@@ -156,10 +158,11 @@ def rss() -> float:
 
 
 def read(folder: Path) -> list[dict]:
-    """Whole lines only: the last one may be cut off by a kill."""
+    """One row per step, the last of those done again. Whole lines only: the last one may be cut off by a kill."""
     path = folder / "rows.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return list({row["step"]: row for row in rows}.values())
 
 
 def start(model: str, folder: Path, faults: dict[int, str], steps: int, until: float) -> int:
