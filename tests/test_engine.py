@@ -20,7 +20,12 @@ CONFIGS = {
     # odd head size (8), every head its own keys
     "llama": lambda: transformers.LlamaConfig(**SMALL | dict(hidden_size=40, num_attention_heads=5)),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
+    # a window in the second block alone
+    "qwen2 window": lambda: transformers.Qwen2Config(
+        **SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=24),
+    "qwen3 one key": lambda: transformers.Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=16),
     # a window shorter than the sequences
     "mistral": lambda: transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=9),
 }
@@ -162,15 +167,38 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(way):
             torch.testing.assert_close(p.grad.double(), whole[name], rtol=1e-5, atol=1e-8)
 
 
-def test_weights_are_read_again_after_an_optimizer_step():
-    for dtype in (torch.float32, torch.bfloat16):
-        model, (pack, batch) = made("llama"), some_pack()
+def test_a_frozen_half_of_a_norm_leaves_the_other_to_add_up(way):
+    """Micro-batches with only biases to train (BitFit): a norm's weight has no gradient that says whether to add."""
+    model, (pack, batch) = made("gpt2"), some_pack()
+    for name, p in model.named_parameters():
+        p.requires_grad_("bias" in name)
+    engine, grads = engine_of(model), []
+    for times in (1, 2):
+        model.zero_grad()
+        with engine.started(torch.float32):
+            for _ in range(times):
+                engine.learn(pack, batch, CLIPPED, 46.0, True)
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, once in grads[0].items():
+        torch.testing.assert_close(
+            grads[1][name], 2 * once, rtol=1e-5, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moved", [False, True])  # some optimizers write p.data = ...
+def test_weights_are_read_again_after_an_optimizer_step(dtype, moved):
+    for name in ("llama", "gpt2"):
+        model, (pack, batch) = made(name), some_pack()
         engine = engine_of(model)
         with engine.started(dtype):
             engine.learn(pack, batch, CLIPPED, 46.0, True)
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.mul_(1.1)
+            before = [p.data for p in model.parameters()]  # kept, or the new memory could be where the old was
+            for p, old in zip(model.parameters(), before, strict=True):
+                if moved:
+                    p.data = old * 1.1
+                else:
+                    old.mul_(1.1)
             engine.refresh()
             after = engine.learn(pack, batch, CLIPPED, 46.0, False).logprob_R
         with engine.started(dtype):

@@ -85,9 +85,13 @@ class Body:
         self.gradients = Gradients(flat)
         self._fits, self._memory = fits(spec), Memory()
         self._native: Native | None = None
+        self._at = _addresses(spec)
 
     def refresh(self) -> None:
         """The parameters have changed."""
+        if (now := _addresses(self.spec)) != self._at:  # some optimizers write p.data = ...
+            self.weights, self._native, self._at = Weights(self.spec, self.dtype, self.weights.keep), None, now
+            return
         self.weights.refresh()
         if not self.weights.copied:
             self._native = None
@@ -156,7 +160,7 @@ class Body:
             return qkv, None
         rotated, stats = qkv.clone(), []
         for (first, width), f in zip(_spans(block), block.head_norms, strict=True):
-            x = qkv[:, first : first + width].float().reshape(-1, block.heads.D)
+            x = _heads(qkv[:, first : first + width].float(), block.heads.D)
             normed = kernels.norm(x, None, f, self.dtype)
             rotated[:, first : first + width] = normed.y_ND.view(len(qkv), width)
             stats.append(normed.stats_N2)
@@ -207,8 +211,7 @@ class Body:
     def _heads_backward(self, block: Block, kept: _Layer, dqkv: Tensor) -> None:
         for (first, width), f, stats in zip(_spans(block), block.head_norms, kept.head_stats, strict=True):
             part = slice(first, first + width)
-            x = kept.qkv[:, part].float().reshape(-1, block.heads.D)
-            dy = dqkv[:, part].reshape(-1, block.heads.D)
+            x, dy = _heads(kept.qkv[:, part].float(), block.heads.D), _heads(dqkv[:, part], block.heads.D)
             dx = torch.empty_like(x)
             kernels.norm_backward(dy, x, stats, f, dx, self.gradients.norm(f), fresh=True, again=False)
             dqkv[:, part] = dx.view(len(dqkv), width)
@@ -235,6 +238,15 @@ class Body:
                 # as nn.Embedding has it: nothing is learnt of the padding token, also where it was sampled
                 dres[: len(index_N)][index_N == self.spec.padding] = 0
             kernels.embedding_backward(index_N, dres, to)
+
+
+def _addresses(spec: Spec) -> list[int]:
+    return [p.data_ptr() for p in spec.parameters()]
+
+
+def _heads(x: Tensor, D: int) -> Tensor:
+    """x [N, heads D] as rows of D, one after the other: of a single head reshape() would give a view of strided rows."""
+    return x.contiguous().view(-1, D)
 
 
 def _spans(block: Block) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -20,8 +20,15 @@ def _at(x: Tensor | None) -> int:
 
 
 def fits(spec: Spec) -> bool:
-    """Whether its blocks can run in one call here."""
-    return bool(spec.blocks) and spec.blocks[0].head_norms is None and extension().amx_works()
+    """Whether its blocks can run in one call here: all of one shape (Qwen2 may have windows in some of them only)."""
+    return (
+        len({_shape(block) for block in spec.blocks}) == 1 and not spec.blocks[0].head_norms and extension().amx_works()
+    )
+
+
+def _shape(block: Block) -> tuple:
+    """What all blocks of a TrainBody share."""
+    return block.heads, block.activation, block.norm1.layer, block.norm2.layer, block.down.inputs, block.down.outputs
 
 
 class Room(NamedTuple):

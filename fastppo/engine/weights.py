@@ -170,9 +170,12 @@ class Gradients:
         return whole, whole.split(rows)
 
     def norm(self, f: Norm) -> NormGradients:
-        weight, add = self.target(f.weight_D)
-        bias, _ = self.target(f.bias_D)
-        return NormGradients(weight, bias, add)
+        both = [self.target(f.weight_D), self.target(f.bias_D)]
+        add = any(added for _, added in both)
+        for to, added in both:  # one of the two may have been frozen or zeroed alone
+            if add and to is not None and not added:
+                to.zero_()
+        return NormGradients(both[0][0], both[1][0], add)
 
     def pieces(self, matrices: list[Matrix]) -> tuple[list["Piece"], list["Piece"]]:
         """Where the gradients of matrices side by side, and of their biases, go."""
