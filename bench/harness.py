@@ -122,9 +122,10 @@ def _output(*command: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Short git commit, with + where tracked files differ from it; FASTPPO_COMMIT where there is no repository."""
+    """Short git commit, with + where tracked files other than rows differ; FASTPPO_COMMIT where there is no repository."""
     found = _output("git", "rev-parse", "--short", "HEAD")
-    changed = "+" if found and _output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    status = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    changed = "+" if found and _output(*status) else ""
     return found + changed or os.environ.get("FASTPPO_COMMIT", "unknown")
 
 

@@ -8,6 +8,7 @@ before its next run, the call that finds all runs there appends the rows of lear
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -39,7 +40,8 @@ def run(variant: str, seed: int, options) -> dict:
     for _ in range(options.steps):
         side.run(keep=True)
     side.close()
-    found = {key: [round(result[key], 5) for result in side.results] for key in ("reward", "kl")}
+    keys = [key for key in ("reward", "kl", "mismatch") if key in side.results[0]]
+    found = {key: [round(result[key], 5) for result in side.results] for key in keys}
     return {"variant": variant, "seed": seed, "commit": harness.commit(), **found}
 
 
@@ -73,15 +75,24 @@ def plot(runs: list[dict], variants: list[str], path: Path) -> None:
 
 
 def write_rows(runs: list[dict], variants: list[str], steps: int, csv: bool) -> None:
-    """One row per variant: the mean score of the last steps, over seeds."""
+    """One row per variant: the mean score of the last steps over seeds, and how far from the first variant's that is."""
+    base = None
     for variant in variants:
         last = [statistics.mean(curve[-LAST:]) for curve in by_variant(runs, variant)]
-        kl = statistics.mean(r["kl"][-1] for r in runs if r["variant"] == variant)
-        error = statistics.stdev(last) / len(last) ** 0.5 if len(last) > 1 else 0.0
+        own = [r for r in runs if r["variant"] == variant]
+        mean, error = statistics.mean(last), statistics.stdev(last) / len(last) ** 0.5 if len(last) > 1 else 0.0
+        base = base or (mean, error)
         note = (
-            f"mean score of the last {LAST} of {steps} steps: {statistics.mean(last):.3f} (standard error {error:.3f} over "
-            f"{len(last)} seeds: {', '.join(f'{x:.2f}' for x in last)}); KL at the end {kl:.1f} nats"
+            f"mean score of the last {LAST} of {steps} steps: {mean:.3f} (standard error {error:.3f} over "
+            f"{len(last)} seeds: {', '.join(f'{x:.2f}' for x in last)}); "
+            f"KL at the end {statistics.mean(r['kl'][-1] for r in own):.1f} nats"
         )
+        if variant != variants[0]:
+            both = math.hypot(error, base[1])
+            same = "equal within" if abs(mean - base[0]) <= 2 * both else "OUTSIDE"
+            note += f"; {mean - base[0]:+.3f} from {variants[0]}, {same} 2 standard errors of the difference ({both:.3f} each)"
+        if all("mismatch" in r for r in own):
+            note += f"; rollout and training log-probs differ by {statistics.mean(sum((r['mismatch'] for r in own), [])):.2g} nats on average"
         print(f"{variant}: {note}")
         if csv:
             dtype = "bfloat16" if variant.startswith("bfloat16") else "float32"

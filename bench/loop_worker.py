@@ -160,6 +160,8 @@ def main() -> None:
         stats = result.pop("stats")
         result["reward"] = float(stats["ppo/mean_scores"])
         result["kl"] = float(stats["objective/kl"])
+        if "fastppo/mismatch_mean" in stats:
+            result["mismatch"] = float(stats["fastppo/mismatch_mean"])
         result |= {"imports_mb": imports_mb, "peak_mb": peak_mb(), **needed(stats)}
         print(json.dumps(result), file=out, flush=True)
 
