@@ -41,7 +41,7 @@ def run(variant: str, seed: int, options) -> dict:
         side.run(keep=True)
     side.close()
     keys = [key for key in ("reward", "kl", "mismatch") if key in side.results[0]]
-    found = {key: [round(result[key], 5) for result in side.results] for key in keys}
+    found = {key: [float(f"{result[key]:.5g}") for result in side.results] for key in keys}
     return {"variant": variant, "seed": seed, "commit": harness.commit(), **found}
 
 
@@ -92,7 +92,9 @@ def write_rows(runs: list[dict], variants: list[str], steps: int, csv: bool) -> 
             same = "equal within" if abs(mean - base[0]) <= 2 * both else "OUTSIDE"
             note += f"; {mean - base[0]:+.3f} from {variants[0]}, {same} 2 standard errors of the difference ({both:.3f} each)"
         if all("mismatch" in r for r in own):
-            note += f"; rollout and training log-probs differ by {statistics.mean(sum((r['mismatch'] for r in own), [])):.2g} nats on average"
+            mismatch = statistics.mean(sum((r["mismatch"] for r in own), []))
+            told = f"{mismatch:.2g}" if mismatch >= 1e-5 else "less than 1e-5"
+            note += f"; rollout and training log-probs differ by {told} nats on average"
         print(f"{variant}: {note}")
         if csv:
             dtype = "bfloat16" if variant.startswith("bfloat16") else "float32"
