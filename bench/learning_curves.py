@@ -74,32 +74,40 @@ def plot(runs: list[dict], variants: list[str], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def scores(runs: list[dict], what: str, steps_of: slice, base: tuple[float, float] | None) -> tuple[str, tuple]:
+    """(mean score of some steps over seeds, in words, beside `base`'s; its mean and standard error)."""
+    means = [statistics.mean(r["reward"][steps_of]) for r in runs]
+    mean, error = statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
+    each = ", ".join(f"{x:.2f}" for x in means)
+    text = f"mean score of {what} steps: {mean:.3f} (standard error {error:.3f} over {len(means)} seeds: {each})"
+    if base is not None:
+        difference, both = mean - base[0], math.hypot(error, base[1])
+        same = "equal within" if abs(difference) <= 2 * both else "NOT equal within"
+        text += f", {difference:+.3f} from the first: {same} 2 standard errors of the difference ({both:.3f})"
+    return text, (mean, error)
+
+
 def write_rows(runs: list[dict], variants: list[str], steps: int, csv: bool) -> None:
-    """One row per variant: the mean score of the last steps over seeds, and how far from the first variant's that is."""
-    base = None
+    """One row per variant: mean scores over seeds, and how far from the first variant's they are."""
+    base: dict[str, tuple[float, float]] = {}
     for variant in variants:
-        last = [statistics.mean(curve[-LAST:]) for curve in by_variant(runs, variant)]
-        own = [r for r in runs if r["variant"] == variant]
-        mean, error = statistics.mean(last), statistics.stdev(last) / len(last) ** 0.5 if len(last) > 1 else 0.0
-        base = base or (mean, error)
-        note = (
-            f"mean score of the last {LAST} of {steps} steps: {mean:.3f} (standard error {error:.3f} over "
-            f"{len(last)} seeds: {', '.join(f'{x:.2f}' for x in last)}); "
-            f"KL at the end {statistics.mean(r['kl'][-1] for r in own):.1f} nats"
-        )
-        if variant != variants[0]:
-            both = math.hypot(error, base[1])
-            same = "equal within" if abs(mean - base[0]) <= 2 * both else "OUTSIDE"
-            note += f"; {mean - base[0]:+.3f} from {variants[0]}, {same} 2 standard errors of the difference ({both:.3f} each)"
+        own, notes = [r for r in runs if r["variant"] == variant], []
+        for what, steps_of in ((f"the last {LAST} of {steps}", slice(-LAST, None)), (f"all {steps}", slice(None))):
+            text, found = scores(own, what, steps_of, base.get(what))
+            base.setdefault(what, found)
+            notes.append(text)
+        notes.append(f"KL at the end {statistics.mean(r['kl'][-1] for r in own):.1f} nats")
         if all("mismatch" in r for r in own):
             mismatch = statistics.mean(sum((r["mismatch"] for r in own), []))
             told = f"{mismatch:.2g}" if mismatch >= 1e-5 else "less than 1e-5"
-            note += f"; rollout and training log-probs differ by {told} nats on average"
+            notes.append(f"rollout and training log-probs differ by {told} nats on average")
+        note = "; ".join(notes)
         print(f"{variant}: {note}")
         if csv:
             dtype = "bfloat16" if variant.startswith("bfloat16") else "float32"
             shape = f"stories260K {steps} steps of 32"
-            harness.write_row("learning_curves", "cpu", variant=variant, dtype=dtype, shape=shape, note=note)
+            row = {"variant": variant, "dtype": dtype, "shape": shape, "commit": own[0]["commit"], "note": note}
+            harness.write_row("learning_curves", "cpu", **row)
 
 
 def main() -> None:
