@@ -92,8 +92,14 @@ def value_model(lib, case: dict, perturb: bool):
     if case.get("lora"):
         from peft import LoraConfig
 
+        targets = ["c_attn"] if name == "gpt2" else ["q_proj", "v_proj"]
         options["peft_config"] = LoraConfig(
-            r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+            r=4,
+            lora_alpha=8,
+            lora_dropout=0.0,
+            target_modules=targets,
+            fan_in_fan_out=name == "gpt2",
+            task_type="CAUSAL_LM",
         )
     model = wrapper.from_pretrained(language_model(name), summary_dropout_prob=0.0, **options)
     with torch.no_grad():
@@ -154,6 +160,20 @@ def counting_tokens(case: dict) -> list[np.ndarray]:
             mask[row, left + length - 1 - count : left + length - 1] = counts
         found.append(mask)
     return found
+
+
+def compared(case: dict, step: int, name: str, values) -> np.ndarray:
+    """The numbers of one statistic that mean something: per-token arrays where a response token counts."""
+    values, mask_BT = np.array(values, dtype=float), counting_tokens(case)[step]
+    if name in ("objective/logprobs", "objective/ref_logprobs"):
+        return values[mask_BT]
+    if name in ("ppo/policy/ratio", "ppo/policy/advantages"):
+        shuffle = np.random.RandomState(3)
+        epochs = case.get("config", {}).get("ppo_epochs", BASE["ppo_epochs"])
+        orders = [shuffle.permutation(len(mask_BT)) for _ in range((step + 1) * epochs)][step * epochs :]
+        rows = np.concatenate(orders)[: values.size // mask_BT.shape[1]]
+        return values.reshape(len(rows), -1)[mask_BT[rows]]
+    return values
 
 
 def trainer(lib, case: dict, **extra):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from late_cases import trainer, words
+from late_cases import plain_update, trainer, words
 from sft_cases import make_model
 
 from fastppo.experimental.ppo import PPOConfig
@@ -134,39 +134,6 @@ def test_train_logs_trls_metrics(tmp_path, value):
     )
 
 
-def plain_update(policy, value, reference, tokens, starts, scores, args):
-    """One PPO step of one mini-batch in plain float64 PyTorch, sequence by sequence: gradients by autograd."""
-    policy, value, reference = (m.double() for m in (policy, value, reference))
-    rows = []
-    for ids, start in zip(tokens, starts, strict=True):
-        at, targets = slice(start - 1, len(ids) - 1), ids[start:]
-        pick = lambda model: (  # noqa: E731
-            (model(ids[None]).logits[0, at] / args.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]  # noqa: B023
-        )
-        states = value.model(ids[None]).last_hidden_state[0, at]
-        with torch.no_grad():
-            ref = pick(reference)
-        rows.append((pick(policy), ref, value.score(states)[:, 0]))
-    advantages, returns = [], []
-    for (new, ref, values), score in zip(rows, scores, strict=True):
-        rewards = -args.kl_coef * (new.detach() - ref)
-        rewards[-1] += score
-        last, out = 0.0, []
-        v = [*values.detach().tolist(), 0.0]
-        for t in reversed(range(len(rewards))):
-            last = float(rewards[t]) + args.gamma * v[t + 1] - v[t] + args.gamma * args.lam * last
-            out.append(last)
-        out = torch.tensor(out[::-1], dtype=torch.float64)
-        advantages.append(out)
-        returns.append(out + values.detach())
-    flat = torch.cat(advantages)
-    whitened = (flat - flat.mean()) / (flat.var(unbiased=True) + 1e-8).sqrt()
-    new, values = torch.cat([r[0] for r in rows]), torch.cat([r[2] for r in rows])
-    policy_loss = (-whitened * (new - new.detach()).exp()).mean()
-    value_loss = 0.5 * ((values - torch.cat(returns)) ** 2).mean()
-    (policy_loss + args.vf_coef * value_loss).backward()
-
-
 def test_one_update_is_plain_pytorchs(tmp_path):
     """The gradient of the first optimizer step, through packing, fused head and loss, equals autograd's on plain code."""
     policy, value = make_model(seed=5), make_model("reward", 6)
@@ -187,10 +154,8 @@ def test_one_update_is_plain_pytorchs(tmp_path):
     run.args.max_grad_norm = 0.0
     run.train()
     rollout, (scores, _) = seen["it"]
-    tokens = [torch.cat(x) for x in zip(rollout.prompts, rollout.responses, strict=True)]
-    assert len({len(x) for x in tokens}) > 1
-    starts = [len(x) for x in rollout.prompts]
-    plain_update(plain_policy, plain_value, plain_reference, tokens, starts, scores.double(), run.args)
+    assert len({len(x) for x in rollout.responses}) > 1
+    plain_update((plain_policy, plain_value, plain_reference), rollout, scores, run.args)
     wanted = {f"policy.{n}": p.grad for n, p in plain_policy.named_parameters()}
     wanted |= {f"value_model.{n}": p.grad for n, p in plain_value.named_parameters()}
     assert set(gradients) == {name for name, grad in wanted.items() if grad is not None}

@@ -9,7 +9,7 @@ from pathlib import Path
 import golden_cases
 import numpy as np
 import pytest
-from golden_cases import CASES
+from golden_cases import CASES, compared
 
 import fastppo
 
@@ -19,20 +19,6 @@ RECORD = json.loads((ROOT / "tests/golden/ppo.json").read_text())["cases"]
 DEFECTS = ("max_grad_norm", "gpt2_left", "whiten", "masks_whiten")
 # a key bias shifts all scores of a query alike, so its gradient is rounding noise, which Adam scales up to full steps
 KEY_BIASES = ("c_attn.bias", "k_proj.bias")
-
-
-def compared(case: dict, step: int, name: str, values) -> np.ndarray:
-    """The numbers of one statistic that mean something: per-token arrays where a response token counts."""
-    values, mask_BT = np.array(values, dtype=float), golden_cases.counting_tokens(case)[step]
-    if name in ("objective/logprobs", "objective/ref_logprobs"):
-        return values[mask_BT]
-    if name in ("ppo/policy/ratio", "ppo/policy/advantages"):
-        shuffle = np.random.RandomState(3)
-        epochs = case.get("config", {}).get("ppo_epochs", golden_cases.BASE["ppo_epochs"])
-        orders = [shuffle.permutation(len(mask_BT)) for _ in range((step + 1) * epochs)][step * epochs :]
-        rows = np.concatenate(orders)[: values.size // mask_BT.shape[1]]
-        return values.reshape(len(rows), -1)[mask_BT[rows]]
-    return values
 
 
 def worst_difference(case: dict, ours: list[dict], theirs: list[dict]) -> tuple[float, str]:
