@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin,
 from fastppo.adam import in_one_call
 from fastppo.chat import load_chat_template, set_special_tokens
 from fastppo.packed_model import PackedModel
+from fastppo.quantized import keep_differentiable, prepare_for_adapter
 from fastppo.run_folder import resolve
 from fastppo.trainer_checkpoints import SafeCheckpoints
 from fastppo.training_args import SupervisedConfig, adopt
@@ -70,17 +71,16 @@ def add_adapter(model: nn.Module, peft_config: Any, args: Any) -> nn.Module:
     """`model` with a new adapter, or as it is; quantised base models are prepared for training first."""
     if peft_config is None:
         return model
-    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
         raise ValueError("peft_config: the model has an adapter already; merge it first or pass no peft_config")
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
-    return get_peft_model(model, peft_config)
+    base = prepare_for_adapter(
+        model,
+        use_gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+    )
+    return get_peft_model(base, peft_config)
 
 
 def is_streaming(dataset: Any) -> bool:
@@ -156,7 +156,7 @@ class PackedTrainer(BaseTrainer):
     def _start(self, why_padded: str | None = None) -> None:
         self._metrics = MeanMetrics()
         self._new_tokens = 0
-        self._packed = PackedModel(self.accelerator.unwrap_model(self.model), why_padded)
+        self._packed = PackedModel(keep_differentiable(self.accelerator.unwrap_model(self.model)), why_padded)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trainer.train; resume_from_checkpoint may also be "auto": the newest whole checkpoint, if there is any."""

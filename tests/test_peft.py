@@ -208,4 +208,5 @@ def test_a_quantised_base_is_prepared_for_training(monkeypatch):
     base = tiny_models.causal()
     base.is_loaded_in_8bit = True
     policy = LOAD(base, peft_config=adapter_config(), use_gradient_checkpointing=False)
+    assert asked.pop("gradient_checkpointing_kwargs") == {"use_reentrant": False}
     assert asked == {"use_gradient_checkpointing": False} and policy.is_loaded_in_8bit and not policy.is_loaded_in_4bit

@@ -11,6 +11,7 @@ import torch
 
 from fastppo.models.checkpoint import finder
 from fastppo.models.pickles import refused, safetensors_only
+from fastppo.quantized import prepare_for_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,9 @@ def load_by_name(auto_class, source: Source, *model_args):
 
 def add_adapter(model, peft_config, kbit_kwargs: dict[str, Any]):
     """A PeftModel with a new adapter; a quantised base is prepared for training first."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, **kbit_kwargs)
-    return get_peft_model(model, peft_config)
+    return get_peft_model(prepare_for_adapter(model, **kbit_kwargs), peft_config)
 
 
 def _adapter_config_file(source: Source) -> str | None:

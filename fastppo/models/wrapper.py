@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fastppo import distributed
 from fastppo.attention import unwrap
 from fastppo.models import checkpoint, pretrained, reward_adapter
+from fastppo.quantized import keep_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class PreTrainedModelWrapper(nn.Module):
         self, pretrained_model=None, score_module=None, supports_rm_adapter=False, rm_adapter_name=None, **kwargs
     ):
         super().__init__()
-        self.pretrained_model = pretrained_model
+        self.pretrained_model = keep_differentiable(pretrained_model)
         self.is_sequential_parallel = False
         self.supports_rm_adapter = supports_rm_adapter
         self.rm_adapter_name = rm_adapter_name

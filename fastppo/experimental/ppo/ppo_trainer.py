@@ -29,6 +29,7 @@ from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.generation import Generator
 from fastppo.model_card import write_model_card
 from fastppo.models import create_reference_model
+from fastppo.quantized import keep_differentiable
 from fastppo.rollout import decode_options
 from fastppo.run_folder import resolve
 from fastppo.score import NonFinite
@@ -89,6 +90,7 @@ class PPOTrainer(BaseTrainer):
         self.value_model = value_model
         self._rewards = Rewards(reward_model, args.reward_weights, args.local_rollout_forward_batch_size)
         self.reward_model = reward_model
+        keep_differentiable(self.policy_model, self.ref_model, value_model, *self._rewards.models)
         disable_dropout(self.policy_model, self.ref_model, value_model, *self._rewards.models)
         if value_model is None:
             wrapper = with_value_head(self.policy_model)
