@@ -157,6 +157,7 @@ class PPOConfig:
         )
         for name in positive:
             self._check(name, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1)
+        self._check("seed", "a whole number from 0 to 2**32 - 1", lambda x: isinstance(x, int) and 0 <= x < 2**32)
         for name in ("gamma", "lam"):
             self._check(name, "between 0 and 1", lambda x: 0 <= x <= 1)
         for name in ("learning_rate", "cliprange", "cliprange_value", "vf_coef", "target_kl", "max_mismatch"):

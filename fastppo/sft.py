@@ -145,7 +145,8 @@ class SFTTrainer(PackedTrainer):
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         if batches and self.args.world_size > 1:
             count = self.accelerator.reduce(count.to(device), "sum")
-        return batches, count if batches else None
+        # at least 1: a batch may have no labelled token at all, which teaches nothing, but 0 / 0 would be NaN
+        return batches, count.clamp(min=1) if batches else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:

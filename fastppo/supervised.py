@@ -13,6 +13,7 @@ from fastppo.chat import load_chat_template, set_special_tokens
 from fastppo.packed_model import PackedModel
 from fastppo.quantized import keep_differentiable, prepare_for_adapter
 from fastppo.run_folder import resolve
+from fastppo.score import NonFinite
 from fastppo.trainer_checkpoints import SafeCheckpoints
 from fastppo.training_args import SupervisedConfig, adopt
 
@@ -169,7 +170,7 @@ class PackedTrainer(BaseTrainer):
 
     def _this_step_is_logged(self) -> bool:
         step, args = self.state.global_step + 1, self.args
-        if self._mode == "eval" or args.logging_strategy == "epoch":
+        if self._mode == "eval" or args.logging_strategy == "epoch" or step == self.state.max_steps:
             return True
         return step % max(self.state.logging_steps, 1) == 0 or (step == 1 and args.logging_first_step)
 
@@ -185,7 +186,11 @@ class PackedTrainer(BaseTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._packed.attention():  # the backward pass, too: checkpointed layers run again there
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.scaler is None and not torch.isfinite(loss):  # a scaler leaves such steps out itself
+            # transformers would log the mean of the losses before, and go on
+            raise NonFinite(f"{type(self).__name__}: the loss is {loss.item()} in step {self.state.global_step + 1}")
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, means = self._mode, {}

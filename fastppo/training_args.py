@@ -26,6 +26,11 @@ class BaseConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1; got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"{type(self).__name__}: seed must be from 0 to 2**32 - 1; got {self.seed}")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and can_train_in_bf16(self.use_cpu)
         # non-reentrant: works with frozen embeddings under an adapter and keeps the packed layout of the forward

@@ -1,6 +1,9 @@
 """`fastppo sft | reward | ppo | pipeline` on tiny models: one command for all stages, skipping, resuming, clear errors."""
 
+import fcntl
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -52,6 +55,12 @@ def place(tmp_path_factory) -> Path:
     write(folder / "gap.jsonl", [pairs[0], {"chosen": "x", "rejected": None, "prompt": "y"}])
     write(folder / "mixed.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": [2]}])
     (folder / "rewards.py").write_text(REWARDS)
+    for name in ("cut", "wider"):
+        shutil.copytree(folder / "model", folder / name)
+    weights = folder / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    config = json.loads((folder / "wider/config.json").read_text())
+    (folder / "wider/config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
     return folder
 
 
@@ -294,6 +303,20 @@ def test_a_folder_that_cannot_be_written_is_named_before_a_model_is_loaded(capsy
             + ["--num-mini-batches", "3"],
             "multiple of `num_mini_batches`",
         ),
+        (["sft", "--model", "cut", "--dataset", "pairs.jsonl"], "cut: a weights file is damaged or cut off"),
+        (["reward", "--model", "cut", "--dataset", "pairs.jsonl"], "cut: a weights file is damaged or cut off"),
+        (
+            ["sft", "--model", "wider", "--dataset", "pairs.jsonl"],
+            "wider: the weights have other shapes than config.json",
+        ),
+        (
+            ["sft", "--model", "model", "--dataset", "pairs.jsonl", "--per-device-train-batch-size", "0"],
+            "per_device_train_batch_size must be at least 1; got 0",
+        ),
+        (
+            ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "model"],
+            "--reward: model is no trained sequence classifier: its weights lack score.weight",
+        ),
         (["pipeline", "--model", "model"], "--dataset is required"),
         (["pipeline", "--model", "model", "--dataset", "gap.jsonl"], "row 2 has no 'rejected'"),
         (["pipeline", "--model", "model", "--dataset", "pairs.jsonl", "--pairs", "3"], "at least 10 pairs"),
@@ -304,6 +327,42 @@ def test_errors_name_the_flag_the_file_or_the_column(argv, wanted, capsys, tmp_p
     said = capsys.readouterr().err
     assert wanted in " ".join(said.split()) and "Traceback" not in said
     assert not list(tmp_path.glob("run/**/model"))
+
+
+def test_a_start_that_failed_does_not_block_its_folder(capsys, tmp_path):
+    """The first command had the wrong file; the right one, with the last step on record whatever --logging-steps is."""
+    run = ["sft", "--model", "model", "--output-dir", str(tmp_path / "run"), "--max-steps", "3"]
+    assert main([*run, "--dataset", "prompts.jsonl"]) == 1
+    assert main([*run, "--dataset", "pairs.jsonl", "--logging-steps", "2"]) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [2, 3]
+    assert json.loads((tmp_path / "run/results.json").read_text())["steps"] == 3
+    capsys.readouterr()
+    assert main([*run, "--dataset", "reviews.jsonl"]) == 1
+    assert "holds a run with other options (dataset was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_loss_that_is_no_number_ends_the_run(stage, capsys, tmp_path):
+    given = ["--model", "model", "--dataset", "pairs.jsonl", "--learning-rate", "1e30", "--max-steps", "12"]
+    assert main([stage, *given, "--output-dir", str(tmp_path / "run")]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "training diverged:" in said and "the loss is nan in step" in said and "Lower the learning rate" in said
+    assert not (tmp_path / "run/model").exists() and not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_a_folder_takes_one_run_at_a_time(capsys, tmp_path):
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)  # as another process's run holds it
+    run = ["--model", "model", "--dataset", "pairs.jsonl", "--output-dir", str(tmp_path), "--max-steps", "1"]
+    assert main(["sft", *run]) == 1
+    train = ["train", *run[:-2], "--reward", "rewards.py:vowels"]
+    assert main(train) == 1
+    assert capsys.readouterr().err.count("another run is writing to this folder") == 2 and not list(tmp_path.iterdir())
+    os.close(other)
+    assert main(["sft", *run]) == 0
+    again = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of at the command's end
+    os.close(again)
 
 
 @pytest.mark.parametrize(

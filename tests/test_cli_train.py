@@ -99,10 +99,13 @@ def test_a_classifier_as_reward_and_adapters_as_policy():
     assert len(read_metrics("judged")) == 3 and Path("judged/policy/adapter_config.json").is_file()
 
 
-def test_tensorboard_tracking_by_the_trainer_goes_along():
-    logs = ["--log-with", "tensorboard", "--project-kwargs", "{logging_dir: logs}"]
+@pytest.mark.parametrize(
+    ("folder", "logs"), [("logs", ["--project-kwargs", "{logging_dir: logs}"]), ("logged/trackers", [])]
+)
+def test_tensorboard_tracking_by_the_trainer_goes_along(folder, logs):
+    logs = ["--log-with", "tensorboard", "--overwrite", *logs]
     assert train("logged", "--dataset", "prompts.jsonl", "--reward", "rewards.py:vowels", *logs) == 0
-    assert list(Path("logs").rglob("events.*"))
+    assert list(Path(folder).rglob("events.*"))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +141,9 @@ def test_a_broken_reward_is_named_and_what_was_trained_is_saved(reward, wanted, 
             ["--dataset", "prompts.jsonl", "--output-dir", "rewards.py/run"],
             "cannot write rewards.py/run: Not a directory",
         ),
+        (["--dataset", "prompts.jsonl", "--output-dir", "rewards.py"], "rewards.py is a file; a folder is wanted"),
+        (["--dataset", "prompts.jsonl", "--reward", "model"], "no trained sequence classifier: its weights lack"),
+        (["--dataset", "prompts.jsonl", "--seed", "-1"], "seed must be a whole number from 0 to 2**32 - 1; got -1"),
     ],
 )
 def test_what_cannot_work_is_named_before_any_training(argv, wanted, capsys, tmp_path):

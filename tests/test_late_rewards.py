@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from late_cases import prompts, trainer, words
 from sft_cases import make_model, make_tokenizer, sentences
 
 from fastppo.engine.spec import Spec
+from fastppo.experimental.ppo import rewards
 from fastppo.experimental.ppo.prompts import PromptStream
 from fastppo.score import NonFinite
 
@@ -96,8 +98,6 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    from fastppo.experimental.ppo import rewards
-
     monkeypatch.setattr(rewards.time, "sleep", lambda seconds: None)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -116,8 +116,25 @@ def test_reward_endpoint(tmp_path, endpoint):
     assert set(body) == {"prompts", "completions", "prompt", "source"} and len(Endpoint.bodies) == 3
     wanted = sum(words(text, "cat") for text in body["completions"]) / 8
     assert run.state.log_history[0]["objective/scores"] == pytest.approx(wanted)
-    with pytest.raises(RuntimeError, match="failed after 1 tries: HTTP Error 404"):
+    with pytest.raises(RuntimeError, match="failed after 1 try: HTTP Error 404"):
         trainer(tmp_path, reward=f"{endpoint}/nothing", data=data).train()
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ({"score": [1, 2]}, "wanted a list or {\"scores\": [...]}; got {'score': [1, 2]}"),
+        ([1.0], "wanted 2 numbers, one per completion; got 1 numbers in 1 entries: [1.0]"),
+        ({"scores": [1.0, None]}, "got 1 numbers in 2 entries: [1.0, None]"),
+    ],
+)
+def test_an_endpoints_wrong_answer_is_shown(answer, wanted, monkeypatch):
+    source = rewards.EndpointReward("http://127.0.0.1:1/score")
+    monkeypatch.setattr(source, "_post", lambda body: answer)
+    judged = rewards.Judged(None, None, ["a", "b"], ["c", "d"], {})
+    with pytest.raises(rewards.EndpointError, match=re.escape(f"reward endpoint {source.url}: ")) as raised:
+        source(judged)
+    assert wanted in str(raised.value)
 
 
 def test_nan_score_stops_or_skips(tmp_path):

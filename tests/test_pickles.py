@@ -110,8 +110,8 @@ STAGE = "--dataset pairs.jsonl --max-steps 1 --use-cpu --report-to none"
         (f"{PPO} --model causal --reward words.py:words", "--model"),
         (f"{PPO} --model base --reward classifier", "--reward"),
         (f"{PPO} --model base --reward words.py:words --value-model classifier", "--value-model"),
-        (f"sft {STAGE} --model causal", "fastppo sft"),
-        (f"reward {STAGE} --model classifier", "fastppo reward"),
+        (f"sft {STAGE} --model causal", "causal"),
+        (f"reward {STAGE} --model classifier", "classifier"),
     ],
 )
 def test_commands_refuse_pickles_and_read_them_when_asked(command, flag, tmp_path, capsys):

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastppo: error: there is no command {command!r}.{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     from fastppo.cli.errors import UserError
+    from fastppo.cli.lock import release
 
     try:
         return importlib.import_module(f"fastppo.cli.{command}").run(rest)
@@ -53,3 +54,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nfastppo {command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        release()

@@ -1,7 +1,10 @@
 """What the user can put right: shown as one message with exit status 1; anything else is a bug and shows its traceback."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -22,8 +25,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"{hint} There is: {', '.join(names) or 'nothing'}."
 
 
+def one_line(error: object, longest: int = 400) -> str:
+    """An error's text without line breaks, cut after `longest` characters."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= longest else f"{said[:longest]}..."
+
+
 def disk_error(path: object, why: str) -> UserError:
     """What the disk refused in the output folder, with what to do about it."""
+    if Path(str(path)).is_file() and why == os.strerror(errno.EEXIST):
+        return UserError(f"--output-dir: {path} is a file; a folder is wanted. Choose another --output-dir.")
     return UserError(
         f"cannot write {path}: {why}. Free some space, make the folder writable, or choose another --output-dir."
     )

@@ -129,7 +129,7 @@ def build(options: Any, config: Any) -> Any:
     data, held_out = read_both(options, read)
     columns = [name for name in data.column_names if name not in ("input_ids", "prompt")]
     judge = load_judge(options, tokenizer, columns, config.device)
-    with told_errors("fastppo ppo"):
+    with told_errors():
         trainer = PPOTrainer(
             args=config,
             processing_class=tokenizer,

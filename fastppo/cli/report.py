@@ -25,7 +25,7 @@ class ReportOptions:
 def run(argv: Sequence[str]) -> int:
     from fastppo.report import ReportError, write_report
 
-    options = parse(ReportOptions, argv, "report")
+    options = parse(ReportOptions, argv, "fastppo report", ReportOptions.__doc__)
     try:
         page = write_report(options.runs, options.output)
     except ReportError as error:

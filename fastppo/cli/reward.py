@@ -34,7 +34,7 @@ def build(options: Any, config: Any) -> Any:
 
     data, held_out = read_both(options, read)
     set_seed(config.seed)  # before the score layer, whose weights start at random
-    with told_errors("fastppo reward"):
+    with told_errors():
         return RewardTrainer(
             options.model, config, train_dataset=data, eval_dataset=held_out, peft_config=adapter(options, "SEQ_CLS")
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastppo.cli.errors import RewardError, UserError, nearest
+from fastppo.cli.errors import RewardError, UserError, nearest, one_line
 from fastppo.cli.loop import Prompt, Reward
 
 # What a reward function may ask for by the name of a parameter, besides the dataset's columns.
@@ -153,13 +153,20 @@ def load_classifier(source: str, label: str | None, device: Any, allow_pickle: b
 
     try:
         with safetensors_only(source, allow_pickle, "--allow-pickle") as options:
-            model = AutoModelForSequenceClassification.from_pretrained(source, **options)
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                source, output_loading_info=True, **options
+            )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--reward: {source!r} is neither module:function nor path.py:function, and did not load as a sequence "
-            f"classifier: {' '.join(str(error).split())[:400]}"
+            f"classifier: {one_line(error)}"
         ) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"--reward: {source} is no trained sequence classifier: its weights lack {', '.join(missing[:4])}, so its scores "
+            "would be random. Train one with 'fastppo reward', or give module:function."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token, model.config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
     return ClassifierReward(model.to(device), tokenizer, source, find_label(model.config, label, source))

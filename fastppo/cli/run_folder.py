@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fastppo.cli.errors import UserError, disk_error
+from fastppo.cli.lock import hold
 from fastppo.cli.loop import Outcome, Sample, Step
 from fastppo.disk import disk_trouble
 
@@ -63,9 +64,11 @@ class RunFolder:
         self.cleanup = contextlib.ExitStack()
         with writing(self.path):
             if resume:
+                hold(self.path)
                 self.metrics = (self.path / METRICS).open("a", encoding="utf-8")
                 return
             self.path.mkdir(parents=True, exist_ok=True)
+            hold(self.path)
             old = self.path / METRICS
             if old.exists() and old.stat().st_size and not overwrite:
                 raise UserError(

@@ -39,7 +39,7 @@ def build(options: Any, config: Any) -> Any:
         return as_dataset(rows, f"{flag}: {source}")
 
     data, held_out = read_both(options, read)
-    with told_errors("fastppo sft"):
+    with told_errors():
         return SFTTrainer(
             options.model, config, train_dataset=data, eval_dataset=held_out, peft_config=adapter(options, "CAUSAL_LM")
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from fastppo.cli.errors import UserError
+from fastppo.cli.errors import UserError, one_line
 from fastppo.cli.loop import Interrupts, Step
 from fastppo.cli.phases import Phases
 from fastppo.cli.screen import Screen
@@ -17,6 +17,7 @@ from fastppo.cli.session import quiet_libraries
 from fastppo.cli.stage_folder import CURVES, SAMPLES, StageFolder
 from fastppo.cli.stage_options import Given, Stage
 from fastppo.disk import CheckpointError
+from fastppo.experimental.ppo.rewards import EndpointError
 from fastppo.run_folder import checkpoints
 
 STOPPING = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
@@ -54,6 +55,8 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupts.asked:
             control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps or self.interrupts.asked:
+            control.should_log = True  # the last numbers count, whatever --logging-steps is
 
 
 @contextlib.contextmanager
@@ -72,26 +75,27 @@ def quiet_datasets() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_errors(what: str) -> Iterator[None]:
+def told_errors() -> Iterator[None]:
     """What libraries say about a model, rows or options that cannot work becomes one message."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())[:600]}") from error
+        raise UserError(one_line(error, 600)) from error
 
 
 def load_error(flag: str, source: str, error: Exception) -> UserError:
     known = "a folder here" if Path(source).is_dir() else "no folder here"
-    said = " ".join(str(error).split())[:400]
-    return UserError(f"{flag}: {source} is {known} and could not be loaded: {said}")
+    return UserError(f"{flag}: {source} is {known} and could not be loaded: {one_line(error)}")
 
 
 def check_model(source: str, flag: str = "--model") -> Any:
-    """The model's configuration. Raises UserError before any data was read."""
-    from transformers import AutoConfig
+    """The model's configuration. Raises UserError, for its tokenizer too, before any data was read."""
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
-        return AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+        AutoTokenizer.from_pretrained(source)
+        return config
     except (OSError, ValueError) as error:
         raise load_error(flag, source, error) from error
 
@@ -122,7 +126,10 @@ def run_stage(stage: Stage, given: Given) -> tuple[int, dict[str, Any]]:
         trainer = stage.build(options, given.configuration(stage.config_class))
         if is_main:
             folder.write_about()
-        return train_and_save(stage, trainer, folder)
+        try:
+            return train_and_save(stage, trainer, folder)
+        except EndpointError as error:
+            raise UserError(f"--reward: {error}. The same command goes on from the last checkpoint.") from error
 
 
 def train_and_save(stage: Stage, trainer: Any, folder: StageFolder) -> tuple[int, dict[str, Any]]:
@@ -142,6 +149,8 @@ def train_and_save(stage: Stage, trainer: Any, folder: StageFolder) -> tuple[int
             except KeyboardInterrupt:
                 interrupts.asked = True
             except FloatingPointError as error:
+                if str(error).startswith("score"):
+                    raise UserError(f"{error}; --on-nonfinite skip would leave such batches out") from error
                 raise UserError(f"training diverged: {error}. Lower the learning rate.") from error
             except CheckpointError as error:
                 raise UserError(f"{error} The same command goes on from the last checkpoint.") from error

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fastppo.cli.errors import UserError
+from fastppo.cli.lock import hold
 from fastppo.cli.run_folder import METRICS, read_metrics, writing
 from fastppo.run_folder import whole_or_nothing
 
@@ -33,6 +34,7 @@ class StageFolder:
             return
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            hold(self.path)
             if overwrite:
                 self.clear()
             self.refuse_another_run(values)
@@ -51,12 +53,20 @@ class StageFolder:
             return
         before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         changed = [name for name in {**before, **values} if before.get(name) != values.get(name)]
-        if changed:
+        if changed and not self.has_progress():
+            self.clear()  # of a start that failed, at a wrong path perhaps: nothing is lost
+        elif changed:
             told = ", ".join(f"{name} was {before.get(name)!r}, is {values.get(name)!r}" for name in changed[:4])
             raise UserError(
                 f"{self.path} holds a run with other options ({told}). Choose another --output-dir, or start anew there "
                 "with --overwrite."
             )
+
+    def has_progress(self) -> bool:
+        """Whether a step was recorded or saved here, or in a stage's folder of a pipeline."""
+        logs = [*self.path.glob(METRICS), *self.path.glob(f"*/{METRICS}")]
+        saved = [*self.path.glob("checkpoint-*"), *self.path.glob("*/checkpoint-*"), *self.path.glob(RESULTS)]
+        return bool(saved) or any(file.stat().st_size for file in logs)
 
     @property
     def results(self) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastppo.cli.errors import UserError
+from fastppo.cli.errors import UserError, one_line
 from fastppo.cli.options import as_flat_class, parse, to_yaml_values
 
 
@@ -122,7 +122,7 @@ def load_policy(options: Any) -> tuple[Any, Any]:
         model = wrapper.from_pretrained(options.model, allow_pickle=options.allow_pickle, **extra)
     except (OSError, ValueError) as error:
         known = "a folder here" if Path(options.model).is_dir() else "no folder here"
-        said = " ".join(str(error).split())[:400].replace("allow_pickle=True", "--allow-pickle")
+        said = one_line(error).replace("allow_pickle=True", "--allow-pickle")
         raise UserError(f"--model: {options.model} is {known} and could not be loaded as a policy: {said}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -185,6 +185,8 @@ def run(argv: Sequence[str]) -> int:
     where = [None if folder is None else folder.path]
     if state.num_processes > 1:
         broadcast_object_list(where)
+    if config.log_with:
+        config.project_kwargs = {"logging_dir": str(where[0] / "trackers"), **config.project_kwargs}
     rows = load_rows(options.dataset, options.dataset_split)
     column = find_column(rows, options.prompt_column, options.dataset)
     checkpoints, resumed = Checkpoints(where[0] / "checkpoints", options.save_every, options.keep), None

@@ -15,12 +15,31 @@ def refused(file: str, how: str = "allow_pickle=True") -> OSError:
 @contextlib.contextmanager
 def safetensors_only(source: Any, allowed: bool, how: str = "allow_pickle=True") -> Iterator[dict[str, Any]]:
     """The keywords that keep transformers from pickles (none where they are allowed); its error then says what to do."""
-    if allowed:
-        yield {}
-        return
+    with damage_told(source):
+        if allowed:
+            yield {}
+            return
+        try:
+            yield {"use_safetensors": True}
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            raise refused(f"{source}: its weights file", how) from error
+
+
+@contextlib.contextmanager
+def damage_told(source: Any) -> Iterator[None]:
+    """Weights that are cut off, or of another model than config.json describes: OSError and ValueError that say so."""
+    from safetensors import SafetensorError
+
     try:
-        yield {"use_safetensors": True}
-    except OSError as error:
-        if "safetensors" not in str(error):
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{source}: a weights file is damaged or cut off ({error}): copy or download it again") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise refused(f"{source}: its weights file", how) from error
+        raise ValueError(
+            f"{source}: the weights have other shapes than config.json gives: is one of them another model's? "
+            "(ignore_mismatched_sizes=True would start those weights at random)"
+        ) from error

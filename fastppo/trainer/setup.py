@@ -28,7 +28,13 @@ def accelerator(config):
     handlers = list(options.get("kwargs_handlers") or [])
     if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
         options["kwargs_handlers"] = [*handlers, distributed.process_group_options(config.ddp_timeout)]
-    made = Accelerator(**options)
+    try:
+        made = Accelerator(**options)
+    except ValueError as error:
+        if "logging_dir" not in str(error):
+            raise
+        folder = 'project_kwargs={"logging_dir": FOLDER}'
+        raise ValueError(f"PPOConfig: log_with={config.log_with!r} needs a folder to write to: {folder}") from error
     distributed.kind(made)  # raises for what is not supported
     return made
 

@@ -4,6 +4,7 @@ Suffixes: B sequences, L prompt + response tokens.
 """
 
 import contextlib
+import http.client
 import inspect
 import json
 import time
@@ -135,8 +136,15 @@ class FunctionReward:
         return self.function(judged.prompts, judged.completions, **columns)
 
 
+class EndpointError(RuntimeError):
+    """A reward endpoint that cannot be reached, or answers with anything but one number per completion."""
+
+
 class EndpointReward:
-    """POST {"prompts", "completions", column: [...]} as JSON; the answer is a list of numbers, or {"scores": [...]}."""
+    """POST {"prompts", "completions", column: [...]} as JSON; the answer is a list of numbers, or {"scores": [...]}.
+
+    Raises EndpointError.
+    """
 
     name = "endpoint"
 
@@ -153,8 +161,14 @@ class EndpointReward:
         answer = self._post(json.dumps(body).encode())
         scores = answer.get("scores", answer.get("rewards")) if isinstance(answer, dict) else answer
         if not isinstance(scores, list):
-            raise ValueError(
+            raise EndpointError(
                 f'reward endpoint {self.url}: wanted a list or {{"scores": [...]}}; got {str(answer)[:200]}'
+            )
+        numbers = [x for x in scores if isinstance(x, (int, float))]
+        if len(numbers) != len(scores) or len(scores) != len(judged.completions):
+            raise EndpointError(
+                f"reward endpoint {self.url}: wanted {len(judged.completions)} numbers, one per completion; got "
+                f"{len(numbers)} numbers in {len(scores)} entries: {str(scores)[:200]}"
             )
         return scores
 
@@ -164,12 +178,13 @@ class EndpointReward:
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
                     return json.load(response)
-            except urllib.error.URLError as error:
+            except ValueError as error:
+                raise EndpointError(f"reward endpoint {self.url}: its answer is not JSON: {error}") from error
+            except (OSError, http.client.HTTPException) as error:  # URLError; a connection that ends in the answer
                 client_error = isinstance(error, urllib.error.HTTPError) and error.code < 500
                 if client_error or attempt == RETRIES - 1:
-                    raise RuntimeError(
-                        f"reward endpoint {self.url} failed after {attempt + 1} tries: {error}"
-                    ) from error
+                    tries = f"{attempt + 1} {'try' if attempt == 0 else 'tries'}"
+                    raise EndpointError(f"reward endpoint {self.url} failed after {tries}: {error}") from error
                 time.sleep(2**attempt)
 
 
