@@ -247,6 +247,16 @@ def test_save_pretrained_is_loadable(made, tmp_path):
     assert "AutoModelForCausalLMWithValueHead" in (tmp_path / "policy/README.md").read_text()
 
 
+def test_a_later_process_leaves_the_saved_policy_alone(made, tmp_path, monkeypatch):
+    """huggingface_hub's mixin removes config.json first: a second process took away what the first had written."""
+    made.save_pretrained(tmp_path / "policy")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "policy").iterdir()}
+    monkeypatch.setattr(type(made.accelerator), "is_main_process", False)
+    assert made.save_pretrained(tmp_path / "policy") is None and made.push_to_hub("me/it") is None
+    assert {path.name: path.read_bytes() for path in (tmp_path / "policy").iterdir()} == before
+    assert "config.json" in before
+
+
 def test_push_to_hub_if_best(monkeypatch):
     pushed = []
     monkeypatch.setattr(PPOTrainer, "push_to_hub", lambda self, **kwargs: pushed.append(kwargs))

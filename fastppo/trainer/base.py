@@ -67,8 +67,27 @@ class BaseTrainer(PyTorchModelHubMixin):
     def create_model_card(self, path: str, model_name: str = "TRL Model") -> None:
         hub.write_card(path, model_name, type(self.accelerator.unwrap_model(self.model)).__name__)
 
+    def save_pretrained(self, save_directory, *, push_to_hub: bool = False, **kwargs) -> str | None:
+        """A folder that transformers loads alone: policy, tokenizer, model card; kwargs of huggingface_hub's ModelHubMixin.
+
+        With many processes, all may call it (and must where parameters are sharded: FSDP2, ZeRO-3); the first one writes.
+        """
+        if self.accelerator.is_main_process:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        # The mixin would remove the config.json that the first process has written. To upload it saves again.
+        for _ in range(1 + push_to_hub):
+            self._save_pretrained(None)
+        return None
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str | None:
+        """Upload what save_pretrained writes; kwargs of huggingface_hub's ModelHubMixin. Called like save_pretrained."""
+        if self.accelerator.is_main_process:
+            return super().push_to_hub(repo_id, **kwargs)
+        self._save_pretrained(None)
+        return None
+
     def _save_pretrained(self, save_directory) -> None:
-        """Model, tokenizer and model card, written by the main process; save_pretrained and push_to_hub call it.
+        """Model, tokenizer and model card, written by the main process (the others' folder is not used); for the two above.
 
         Every process must call it where parameters are sharded (FSDP2, ZeRO-3).
         """
