@@ -41,6 +41,8 @@ def set_special_tokens(tokenizer: Any, *, eos_token: str | None = None, pad_toke
         setattr(tokenizer, name, token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError("the tokenizer has neither a padding nor an end-of-sequence token: set tokenizer.pad_token")
 
 
 def template_ids(tokenizer: Any, messages: list[dict], row: dict, **kwargs: Any) -> dict[str, list[int]]:
@@ -67,19 +69,39 @@ def common_prefix(first: list[int], second: list[int]) -> int:
     )
 
 
+def _unread(row: dict, names: tuple[str, ...]) -> str:
+    """ "got ['messages'] (messages: an empty list)": the row's columns, and what those of `names` hold."""
+    held = [f"{name}: {_kind(row[name])}" for name in names if name in row]
+    return f"got {sorted(row)}" + (f" ({', '.join(held)})" if held else "")
+
+
+def _kind(value: Any) -> str:
+    if is_conversation(value):
+        return "messages"
+    if isinstance(value, list):
+        return "a list without {'role', 'content'} messages" if value else "an empty list"
+    return "text" if isinstance(value, str) else type(value).__name__
+
+
+def same_form(*values: Any) -> bool:
+    """All text or all messages; None and "" and [] go with either."""
+    given = [value for value in values if value]
+    return all(isinstance(value, str) for value in given) or all(is_conversation(value) for value in given)
+
+
 def prompt_ids(row: dict, tokenizer: Any, text_field: str = "text") -> list[int]:
     """A prompt for generation: `input_ids`, `prompt` or `messages` (with the generation prompt added), or text."""
     if row.get("input_ids") is not None:
         return list(row["input_ids"])
-    for name in ("prompt", "messages", "query", text_field):
+    names = ("prompt", "messages", "query", text_field)
+    for name in names:
         value = row.get(name)
         if is_conversation(value):
             return template_ids(tokenizer, value, row, add_generation_prompt=True)["input_ids"]
         if isinstance(value, str):
             return tokenizer(value)["input_ids"]
-    raise ValueError(
-        f"no prompt in the dataset row: wanted input_ids, prompt, messages, query or {text_field}; got {sorted(row)}"
-    )
+    wanted = f"wanted input_ids, prompt, messages, query or {text_field}, as text or messages"
+    raise ValueError(f"no prompt in the dataset row: {wanted}; {_unread(row, names)}")
 
 
 def sft_ids(
@@ -95,7 +117,7 @@ def sft_ids(
             return {"input_ids": ids, "labels": loss_mask}
         kept = row.get("completion_mask") if completion_only else None
         kept = row.get("assistant_masks") if assistant_only else kept
-    elif "prompt" in row and "completion" in row:
+    elif row.get("prompt") is not None and row.get("completion") and same_form(row["prompt"], row["completion"]):
         ids, kept = _prompt_completion_ids(row, tokenizer, assistant_only, completion_only is not False)
     elif is_conversation(row.get("messages")):
         encoded = template_ids(tokenizer, row["messages"], row, return_assistant_tokens_mask=assistant_only)
@@ -103,9 +125,8 @@ def sft_ids(
     elif isinstance(row.get(text_field), str):
         ids, kept = tokenizer(with_eos(tokenizer, row[text_field]))["input_ids"], None
     else:
-        raise ValueError(
-            f"SFT dataset row: wanted input_ids, messages, prompt + completion or {text_field!r}; got {sorted(row)}"
-        )
+        held = _unread(row, ("prompt", "completion", "messages", text_field))
+        raise ValueError(f"SFT dataset row: wanted input_ids, messages, prompt + completion or {text_field!r}; {held}")
     if kept is None:
         return {"input_ids": ids, "labels": list(ids)}
     return {"input_ids": ids, "labels": [token if keep else -100 for token, keep in zip(ids, kept, strict=True)]}
@@ -115,7 +136,7 @@ def _prompt_completion_ids(row: dict, tokenizer: Any, assistant_only: bool, comp
     """Token ids and which of them count. The completion starts where it parts from the prompt on its own."""
     prompt, completion = row["prompt"], row["completion"]
     assistant = None
-    if is_conversation(prompt):
+    if is_conversation(completion):
         head = template_ids(tokenizer, prompt, row, add_generation_prompt=True)["input_ids"]
         whole = template_ids(tokenizer, prompt + completion, row, return_assistant_tokens_mask=assistant_only)
         ids, assistant = whole["input_ids"], whole.get("assistant_masks") if assistant_only else None
@@ -131,8 +152,10 @@ def pair_ids(row: dict, tokenizer: Any) -> dict[str, list[int]]:
     """{"chosen_ids", "rejected_ids"} of a preference pair, with the prompt in front where the row has one."""
     if "chosen_ids" in row and "rejected_ids" in row:
         return {}
-    if "chosen" not in row or "rejected" not in row:
-        raise ValueError(f"preference dataset row: wanted chosen and rejected (text or messages); got {sorted(row)}")
+    sides = [row.get(name) for name in ("chosen", "rejected")]
+    if any(side is None for side in sides) or not same_form(row.get("prompt"), *sides):
+        held = _unread(row, ("prompt", "chosen", "rejected"))
+        raise ValueError(f"preference dataset row: wanted chosen and rejected, both text or both messages; {held}")
     encode: Callable[[str], list[int]] = lambda side: _side_ids(row, side, tokenizer)  # noqa: E731
     return {"chosen_ids": encode("chosen"), "rejected_ids": encode("rejected")}
 

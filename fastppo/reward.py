@@ -72,15 +72,22 @@ class RewardTrainer(PackedTrainer):
         args, tokenizer, model = run.args, run.tokenizer, run.model
         if (labels := model.config.num_labels) != 1:
             raise ValueError(f"RewardTrainer: the model must have one label, the reward; got num_labels={labels}")
+        if unwrap(model).get_output_embeddings() is not None:
+            raise ValueError(
+                f"RewardTrainer: {type(unwrap(model)).__name__} predicts tokens; load the model with "
+                "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)"
+            )
         model.config.pad_token_id = tokenizer.pad_token_id  # the model scores the last token that is not padding
         if args.disable_dropout:
             disable_dropout(model)
+        prepare: Callable = lambda rows: prepare_pairs(rows, tokenizer, args)  # noqa: E731
+        left_out = f"pairs of which a side has more than max_length={args.max_length} tokens are dropped"
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator or PairCollator(tokenizer.pad_token_id),
-            train_dataset=each_split(train_dataset, lambda split: prepare_pairs(split, tokenizer, args)),
-            eval_dataset=each_split(eval_dataset, lambda split: prepare_pairs(split, tokenizer, args)),
+            train_dataset=each_split(train_dataset, prepare, left_out, "train_dataset"),
+            eval_dataset=each_split(eval_dataset, prepare, left_out),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,

@@ -43,7 +43,10 @@ def as_scores(scores, count: int) -> torch.Tensor:
     """float32 [B] on the CPU from a list of numbers or one-element tensors, or a tensor; checked."""
     if isinstance(scores, torch.Tensor):
         scores = scores.detach().flatten().tolist()
-    values = [x.item() if isinstance(x, torch.Tensor) else float(x) for x in scores]
+    try:
+        values = [x.item() if isinstance(x, torch.Tensor) else float(x) for x in scores]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"score: {count} numbers wanted, one per response; got {scores!r:.80} ({error})") from error
     if len(values) != count:
         raise ValueError(f"score: {count} scores wanted, one per response; got {len(values)}")
     scores_B = torch.tensor(values, dtype=torch.float32)

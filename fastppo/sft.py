@@ -72,6 +72,9 @@ class SFTConfig(SupervisedConfig):
         super().__post_init__()
 
 
+LEFT_OUT = "a row needs two tokens (within max_length), and a loss on one past the first"
+
+
 class SFTTrainer(PackedTrainer):
     """Fine-tune a causal language model on text, messages, or prompt and completion.
 
@@ -119,8 +122,10 @@ class SFTTrainer(PackedTrainer):
             model=run.model,
             args=args,
             data_collator=data_collator,
-            train_dataset=each_split(train_dataset, lambda split: prepare(split, args.packing)),
-            eval_dataset=each_split(eval_dataset, lambda split: prepare(split, eval_packing)),
+            train_dataset=each_split(
+                train_dataset, lambda rows: prepare(rows, args.packing), LEFT_OUT, "train_dataset"
+            ),
+            eval_dataset=each_split(eval_dataset, lambda rows: prepare(rows, eval_packing), LEFT_OUT),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,

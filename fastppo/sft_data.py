@@ -71,6 +71,8 @@ def prepare_dataset(
 def check_generation_marks(dataset: Any, tokenizer: Any) -> None:
     row = next(iter(dataset))
     conversational = isinstance(row.get("messages") or row.get("prompt"), list)
+    if not conversational and "input_ids" not in row:
+        raise ValueError(f"SFTConfig: assistant_only_loss needs messages; the dataset has the columns {sorted(row)}")
     if conversational and "generation %}" not in (tokenizer.chat_template or ""):
         raise ValueError(
             "SFTConfig: assistant_only_loss needs {% generation %} ... {% endgeneration %} around assistant turns in the "

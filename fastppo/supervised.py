@@ -92,6 +92,9 @@ def is_streaming(dataset: Any) -> bool:
 
 def tokenise(dataset: Any, function: Callable, args: SupervisedConfig, what: str, **options: Any) -> Any:
     """`dataset.map(function)`, in parallel and with a progress bar where the dataset is not streamed."""
+    if not hasattr(dataset, "map"):
+        wanted = "wanted a datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one)"
+        raise TypeError(f"{what}: {wanted}; got {type(dataset).__name__}")
     if not is_streaming(dataset):
         options |= {"num_proc": args.dataset_num_proc, "desc": what}
     return dataset.map(function, **options)
@@ -102,13 +105,31 @@ def keep_rows(dataset: Any, function: Callable, args: SupervisedConfig, what: st
     return dataset.filter(function, **options)
 
 
-def each_split(dataset: Any, function: Callable) -> Any:
-    """function(dataset), for every split of a dict of datasets, None for None."""
+def each_split(dataset: Any, function: Callable, left_out: str, name: str = "eval_dataset") -> Any:
+    """function(dataset), for every split of a dict of evaluation datasets, None for None.
+
+    ValueError where no row is there, or left. left_out: which rows `function` leaves out.
+    """
     if dataset is None:
         return None
+    if isinstance(dataset, dict) and name == "eval_dataset":
+        return {
+            split: each_split(rows, function, left_out, f"eval_dataset[{split!r}]") for split, rows in dataset.items()
+        }
     if isinstance(dataset, dict):
-        return {name: function(split) for name, split in dataset.items()}
-    return function(dataset)
+        raise ValueError(
+            f"{name} must be one dataset; got {type(dataset).__name__} with {sorted(dataset)}: pass one of these"
+        )
+    if _is_empty(dataset):
+        raise ValueError(f"{name} is empty")
+    prepared = function(dataset)
+    if _is_empty(prepared):
+        raise ValueError(f"{name}: no row of {len(dataset)} can be used: {left_out}")
+    return prepared
+
+
+def _is_empty(dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and len(dataset) == 0
 
 
 def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from sft_cases import make_model, make_tokenizer, sentences
 from fastppo.engine.spec import Spec
 from fastppo.experimental.ppo import rewards
 from fastppo.experimental.ppo.prompts import PromptStream
+from fastppo.experimental.ppo.rewards import FunctionReward, Judged
 from fastppo.score import NonFinite
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
@@ -189,3 +190,29 @@ def test_prompt_stream_covers_the_data_and_knows_its_place():
     assert list(resumed) == whole[3:] and len(resumed) == 2
     parts = [list(PromptStream(10, 4, 5, seed=1, rank=rank, processes=2)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
+
+
+def test_functions_that_name_completions_elsewhere_get_them_by_name():
+    judged = Judged(None, None, ["2 + 2 ="], ["4"], {"answer": ["4"], "level": ["easy"]})
+
+    def first(completions, answer):
+        return completions + answer
+
+    def turned(completions, prompts):
+        return completions + prompts
+
+    def all_of_it(completions, **rest):
+        return [completions, sorted(rest.items())]
+
+    def keywords(*, completions):
+        return completions
+
+    def other_names(before, after, level):
+        return before + after + level
+
+    assert FunctionReward(first)(judged) == ["4", "4"]
+    assert FunctionReward(turned)(judged) == ["4", "2 + 2 ="]
+    rest = [("answer", ["4"]), ("level", ["easy"]), ("prompts", ["2 + 2 ="])]
+    assert FunctionReward(all_of_it)(judged) == [["4"], rest]
+    assert FunctionReward(keywords)(judged) == ["4"]
+    assert FunctionReward(other_names)(judged) == ["2 + 2 =", "4", "easy"]

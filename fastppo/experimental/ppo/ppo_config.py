@@ -102,6 +102,8 @@ class PPOConfig(BaseConfig):
         for name in ("num_mini_batches", "response_length", "num_ppo_epochs", "local_rollout_forward_batch_size"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"PPOConfig: {name} must be at least 1; got {getattr(self, name)}")
+        if self.total_episodes is not None and not self.total_episodes >= 1:
+            raise ValueError(f"PPOConfig: total_episodes must be at least 1, or None; got {self.total_episodes}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PPOConfig: {name} must be between 0 and 1; got {getattr(self, name)}")

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, set_seed
 
 from fastppo import distributed
+from fastppo.chat import set_special_tokens
 from fastppo.data import Rollout
 from fastppo.experimental.ppo import evaluation, functions, learner, saving, updates
 from fastppo.experimental.ppo.functions import *  # noqa: F403  scripts import TRL's functions from this module
@@ -77,8 +78,9 @@ class PPOTrainer(BaseTrainer):
         if isinstance(eval_dataset, dict):
             raise ValueError("PPOTrainer: eval_dataset must be one dataset; got a dict")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        set_special_tokens(tokenizer)
+        if args.stop_token == "eos" and tokenizer.eos_token_id is None:
+            raise ValueError("PPOTrainer: stop_token='eos', but the tokenizer has no end-of-sequence token")
         args.world_size = args.distributed_state.num_processes
         train_dataset = prepare_prompts(train_dataset, tokenizer, args)
         args.set_batch_sizes(len(train_dataset))

@@ -24,7 +24,11 @@ def prepare_prompts(dataset: Any, tokenizer: Any, args: Any, what: str = "train_
         raise ValueError(f"PPOTrainer: {what} must have a length (a map-style dataset); got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"PPOTrainer: {what} is empty")
-    if "input_ids" in dataset[0]:
+    if "input_ids" in (row := dataset[0]):
+        if isinstance(row["input_ids"], str):
+            raise ValueError(
+                f"PPOTrainer: {what}: input_ids must be token ids; got text, which belongs in a column `prompt`"
+            )
         return dataset
     if not hasattr(dataset, "map"):
         raise ValueError(

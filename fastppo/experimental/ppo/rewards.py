@@ -118,8 +118,9 @@ class ModelReward:
 class FunctionReward:
     """function(prompts, completions, **columns) -> one number per completion.
 
-    prompts, completions: lists of str. Columns of the dataset are passed by name: those the function has parameters
-    for, or all where it takes **kwargs.
+    prompts, completions: lists of str, by position; by name where `completions` is not the function's second parameter
+    (`def short(completions)`, `def right(completions, answer)`). Columns of the dataset are passed by name: those the
+    function has parameters for, or all where it takes **kwargs.
     """
 
     def __init__(self, function: Callable):
@@ -127,13 +128,18 @@ class FunctionReward:
         self.function = function
         parameters = inspect.signature(function).parameters.values()
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.names = {p.name for p in parameters}
+        self.names = [p.name for p in parameters]
+        places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.by_name = "completions" in self.names and "completions" not in places[1:2]
 
     def __call__(self, judged: Judged) -> Any:
         columns = {n: x for n, x in judged.columns.items() if n not in ("prompts", "completions")}
         if not self.takes_all:
             columns = {name: x for name, x in columns.items() if name in self.names}
-        return self.function(judged.prompts, judged.completions, **columns)
+        texts = {"prompts": judged.prompts, "completions": judged.completions}
+        if not self.by_name:
+            return self.function(*texts.values(), **columns)
+        return self.function(**{n: x for n, x in texts.items() if self.takes_all or n in self.names}, **columns)
 
 
 class EndpointError(RuntimeError):
