@@ -140,21 +140,23 @@ def split_tensors(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor],
     """A nested state dict as (tensors by dotted path, the same tree in JSON types with {"tensor": path} in their place).
 
     For optimizers' and schedulers' state dicts. Dict keys that are ints are kept apart from strings: {"int_keys": ...}.
+    Raises CheckpointError naming what is neither a plain tensor nor of a JSON type.
     """
     tensors: dict[str, torch.Tensor] = {}
 
     def walk(node: Any, path: str) -> Any:
-        if isinstance(node, torch.Tensor):
-            tensors[path] = node.detach().cpu().contiguous()
+        if type(node) in (torch.Tensor, torch.nn.Parameter):
+            tensors[path] = node.detach()
             return {"tensor": path}
-        if isinstance(node, Mapping):
+        if isinstance(node, Mapping) and len({isinstance(k, int) for k in node}) < 2:
             inside = {str(k): walk(v, f"{path}.{k}" if path else str(k)) for k, v in node.items()}
             return {"int_keys": inside} if node and all(isinstance(k, int) for k in node) else {"dict": inside}
         if isinstance(node, (list, tuple)):
             return [walk(v, f"{path}.{i}") for i, v in enumerate(node)]
         if node is None or isinstance(node, (bool, int, float, str)):
             return node
-        raise CheckpointError(f"state {path!r} is a {type(node).__name__}, which no checkpoint can hold")
+        what = "dict with keys of two kinds" if isinstance(node, Mapping) else type(node).__name__
+        raise CheckpointError(f"state {path!r} is a {what}, which no checkpoint can hold")
 
     return tensors, walk(tree, prefix)
 

@@ -45,6 +45,13 @@ class SafeCheckpoints:
             (folder / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made = super().create_optimizer(*args, **kwargs)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.args.save_strategy != "no" and not self.args.save_only_model and not sharded:
+            check_savable(self.optimizer)
+        return made
+
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
         if trial is None and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             self.store_flos()
@@ -114,7 +121,8 @@ def save(
                 for name, group in {**parts, **(tensors or {})}.items():
                     # contiguous copies: safetensors refuses tensors that share storage
                     save_file(
-                        {k: x.detach().cpu().clone() for k, x in group.items()}, temporary / f"{name}.safetensors"
+                        {k: x.detach().cpu().contiguous().clone() for k, x in group.items()},
+                        temporary / f"{name}.safetensors",
                     )
                 (temporary / RESUME).write_text(json.dumps(values), encoding="utf-8")
                 write_state(trainer, temporary / STATE)
@@ -124,6 +132,28 @@ def save(
             remove_old(args.output_dir, args.save_total_limit, trainer.state.best_model_checkpoint)
             if args.push_to_hub:
                 trainer._push_from_checkpoint(str(folder))
+
+
+def check_savable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise CheckpointError now, or after the first step, which makes the state, where a checkpoint could not hold it."""
+
+    def check(state: Mapping[str, Any]) -> None:
+        try:
+            ckpt.split_tensors(state)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{type_name(optimizer)}: its {error}. Choose another optimizer, or train without its state in the checkpoints: "
+                "save_only_model=True (--save-only-model)."
+            ) from error
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if waiting:
+            waiting.clear()
+            check(optimizer.state_dict())
+
+    check({"param_groups": optimizer.state_dict()["param_groups"]})
+    waiting = [True]
+    optimizer.register_step_post_hook(after_step)
 
 
 def collect(trainer: Any, model: torch.nn.Module) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:

@@ -49,6 +49,52 @@ def same(one, two) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("kind", "optim"), [("sft", "adafactor"), ("ppo", "adafactor"), ("reward", "rmsprop"), ("sft", "adagrad")]
+)
+def test_a_run_with_another_optimizer_goes_on_bitwise(kind, optim, tmp_path):
+    """Adafactor's state has other shapes than its parameters: rows' and columns' means."""
+    whole = make(kind, tmp_path, optim=optim)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    again = make(kind, tmp_path, optim=optim)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == whole.state.global_step and same(whole, again)
+    assert not [name for name, p in again.model.named_parameters() if not torch.isfinite(p).all()]
+
+
+class Odd(torch.optim.SGD):
+    """State that no checkpoint can hold: in its settings, or made by its first step."""
+
+    def __init__(self, parameters, at_start: bool):
+        super().__init__(parameters, lr=1e-3)
+        self.at_start = at_start
+        if at_start:
+            self.param_groups[0]["signal"] = len
+
+    def step(self, closure=None):
+        done = super().step(closure)
+        if not self.at_start:
+            self.state[self.param_groups[0]["params"][0]]["seen"] = {1, 2}
+        return done
+
+
+@pytest.mark.parametrize(
+    ("at_start", "wanted"), [(True, "'param_groups.0.signal' is a builtin"), (False, "'state.0.seen' is a set")]
+)
+def test_an_optimizer_that_no_checkpoint_holds_is_named_at_the_start(at_start, wanted, tmp_path):
+    def run(**options):
+        trainer = make("sft", tmp_path, save_steps=3, **options)
+        trainer.optimizer = Odd(trainer.model.parameters(), at_start)
+        trainer.train()
+        return trainer
+
+    with pytest.raises(CheckpointError, match=rf"Odd: its state {wanted}.*--save-only-model"):
+        run()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert run(save_only_model=True).state.global_step == 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_safetensors_and_json_only(whole, kind):
     _, folder, _ = whole[kind]

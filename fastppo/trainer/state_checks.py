@@ -124,6 +124,11 @@ def _sort(value) -> type:
     return float if _is_number(value) else list if isinstance(value, tuple) else type(value)
 
 
+# State with a number for each of a parameter's. Factored (Adafactor) and quantised optimizers have others beside it.
+_LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"}
+_LIKE_PARAMETERS |= {"square_avg", "grad_avg", "acc_delta", "sum", "prev"}
+
+
 def check_optimizer(trainer, saved: Checkpoint, optimizer: Mapping[str, Any]) -> None:
     had, has = saved.values["optimizer"]["type"], type_name(trainer.optimizer)
     if had != has:
@@ -144,7 +149,7 @@ def check_optimizer(trainer, saved: Checkpoint, optimizer: Mapping[str, Any]) ->
         if not _is_whole(index) or index >= len(parameters):
             raise CheckpointError(f"{saved.path}: the saved optimizer has a parameter {index!r}, this run's does not")
         for name, tensor in state.items():
-            if torch.is_tensor(tensor) and tensor.dim() and tensor.shape != parameters[index].shape:
+            if torch.is_tensor(tensor) and name in _LIKE_PARAMETERS and tensor.shape != parameters[index].shape:
                 raise CheckpointError(
                     f"{saved.path}: the optimizer's {name!r} of parameter {index} is {tuple(tensor.shape)}, "
                     f"the parameter {tuple(parameters[index].shape)}"
