@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,6 +23,15 @@ COLUMNS = (
     ("ppo/policy/clipfrac", "clipped", "{:.1%}"),
     ("perf/response_tokens_per_second", "tokens/s", "{:,.0f}"),
 )
+# key, label, format, and what the value is divided by: one line below the columns
+SPEED = (
+    ("fastppo/generate_tokens_per_s", "generate", "{:,.0f} tok/s", 1),
+    ("fastppo/prepare_tokens_per_s", "prepare", "{:,.0f} tok/s", 1),
+    ("fastppo/optimise_tokens_per_s", "optimise", "{:,.0f} tok/s", 1),
+    ("fastppo/optimise_mfu", "MFU", "{:.0%}", 1),
+    ("fastppo/peak_memory_bytes", "peak memory", "{:.2f} GiB", 2**30),
+    ("fastppo/padding_saved", "padding saved", "{:.0%}", 1),
+)
 
 
 def sparkline(values: Sequence[float], width: int = 48) -> str:
@@ -40,6 +49,13 @@ def shown(form: str, value: float) -> str:
     """The value as `form` writes it, without the sign of a zero."""
     text = form.format(value)
     return text if re.search("[1-9a-z]", text) else text.lstrip("-+")
+
+
+def speed(metrics: Mapping[str, float]) -> str:
+    """Tokens per second by phase, MFU, peak memory and padding saved, as far as a step's metrics have them."""
+    return " · ".join(
+        f"{label} {shown(form, metrics[key] / unit)}" for key, label, form, unit in SPEED if key in metrics
+    )
 
 
 class Screen:
@@ -68,6 +84,8 @@ class Screen:
             ]
             if told:
                 self.console.print(f"step {step.number}/{self.total}  " + "  ".join(told), soft_wrap=True, markup=False)
+            if (step.number == self.total or len(self.steps) == 1) and (text := speed(step.metrics)):
+                self.console.print(text, soft_wrap=True, markup=False)
 
     def notice(self, text: str) -> None:
         self.message = text
@@ -95,6 +113,9 @@ class Screen:
                     Text(label, style="dim"), shown(form, values[-1]), Text(sparkline(values), style="cyan")
                 )
         parts = [head, Text(), numbers]
+        if self.steps and (text := speed(self.steps[-1].metrics)):
+            unbroken = (part.replace(" ", "\u00a0") for part in text.split(" · "))
+            parts += [Text(), Text(" · ".join(unbroken), style="dim")]
         if self.steps and self.steps[-1].samples:
             parts += [Text(), sample_text(self.steps[-1].samples[0])]
         if self.message:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, set_seed
 
-from fastppo import distributed
+from fastppo import distributed, metrics
 from fastppo.chat import set_special_tokens
 from fastppo.data import Rollout
 from fastppo.experimental.ppo import evaluation, functions, learner, saving, updates
@@ -191,16 +191,22 @@ class PPOTrainer(BaseTrainer):
     def update(self, batch: PromptBatch) -> dict[str, float]:
         """One update: the metrics that TRL logs, and each reward's mean when there are several."""
         args, number = self.args, self.state.global_step
-        rollout = self.rollout(batch.prompts, args.seed * 1_000_003 + number)
+        clock = metrics.Clock(self.accelerator.device)
+        with clock.stage("generate"):
+            rollout = self.rollout(batch.prompts, args.seed * 1_000_003 + number)
         try:
             with distributed.together(self.accelerator, "the reward"):
                 scores_B, named = self.judge(rollout, batch.columns)
-            experience, data = updates.prepare(self, rollout, scores_B)
+            with clock.stage("forward_pass"):
+                experience, data = updates.prepare(self, rollout, scores_B)
         except NonFinite as error:
             self.guard.report(f"{error} (update {number + 1})")
             return {}
-        learnt = updates.optimise(self, experience, data, number)
-        return updates.metrics(self, rollout, experience, named, learnt)
+        with clock.stage("optimize_step"):
+            learnt = updates.optimise(self, experience, data, number)
+        logs = updates.metrics(self, rollout, experience, named, learnt)
+        logs["fastppo/generate_tokens_per_s"] = float(rollout.mask_BT.sum()) / clock.seconds["generate"]
+        return logs | metrics.throughput(experience, clock, args.num_ppo_epochs, self.accelerator.device)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
