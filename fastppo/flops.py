@@ -52,12 +52,13 @@ def cost(model, head) -> Cost:
 
 @functools.cache
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """The rate of torch's matrix product here, best of five; measured once (some 0.1 s). threads only keys the cache."""
+    """The rate of torch's matrix product here, best of at least five in 0.2 s; measured once. threads only keys the cache."""
     n = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # the run's own draws stay what they are
     a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
+    best, count, began = float("inf"), 0, time.perf_counter()
+    while count < 5 or time.perf_counter() - began < 0.2:
+        count += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
