@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from fastppo import zero
 from fastppo.score import NonFinite
 
 if TYPE_CHECKING:
@@ -97,11 +98,7 @@ def whole(accelerator: "Accelerator", model: nn.Module, function: Callable[[], A
     Every process must call it; what happens inside may differ (other lengths, other numbers of passes).
     """
     if kind(accelerator) == "zero3":
-        import deepspeed
-
-        # gathers as one; nothing is written back with modifier_rank=None
-        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
-            return function()
+        return zero.whole(model, function)
     units = fsdp_units(model)
     if not units:
         return function()
@@ -149,6 +146,14 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """model.state_dict() with whole tensors, on the CPU where they were sharded; every process must call it."""
     return {name: full_tensor(x).cpu() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
+
+
+def backward(accelerator: "Accelerator", loss: torch.Tensor, last: bool) -> None:
+    """accelerator.backward; under DeepSpeed without its optimizer step. last: the optimizer step's last pass."""
+    if kind(accelerator).startswith("zero"):
+        zero.backward(accelerator, loss, last)
+    else:
+        accelerator.backward(loss)
 
 
 def reduce_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 << 20) -> None:

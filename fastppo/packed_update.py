@@ -6,12 +6,11 @@ Suffixes: B sequences, T predicted positions, R response tokens of a pack.
 """
 
 import logging
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from fastppo import determinism, distributed
+from fastppo import determinism, distributed, zero
 from fastppo.data import Experience
 from fastppo.gradients import FlatGradients
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
@@ -65,6 +64,8 @@ class PackedLearner:
         # sharded parameters are gathered by hooks around the model's forward, so that all processes run as many passes
         self.kind = distributed.kind(trainer.accelerator)
         self.hooked = self.kind not in ("single", "ddp")
+        self._backwards_left = 0  # of this optimizer step: DeepSpeed must be told which is the last
+        self._engine_has_gradients = False  # DeepSpeed's
         self.tolerance = tolerance
         self.mismatch: Mismatch | None = None
         self.used: list[bool] = []  # by parameter: whether any process had a gradient of it so far
@@ -81,6 +82,7 @@ class PackedLearner:
         shares = self._foreseen.pop(0)
         micros = [self._packs(rows) for rows in group]
         while True:
+            self._backwards_left = sum(share.passes for i, share in enumerate(shares) if i not in dropped)
             try:
                 results = [
                     self._minibatch(*x, i not in dropped) for i, x in enumerate(zip(micros, shares, strict=True))
@@ -149,13 +151,22 @@ class PackedLearner:
         return pack(self.sequences, [row], only_counting=False)
 
     def _microbatch(self, packed: Pack, count: float, backward: bool, weight: float = 1.0) -> Result:
+        found: list[Result] = []
+
+        def run() -> torch.Tensor:
+            loss, result = self._forward(packed, count)
+            found.append(result)
+            return loss
+
         with torch.set_grad_enabled(backward):
-            run = partial(self._forward, packed, count)
-            loss, result = distributed.forward(self.trainer.model, run) if self.hooked else run()
+            loss = distributed.forward(self.trainer.model, run) if self.hooked else run()
         if backward:
-            # accelerate divides by gradient_accumulation_steps; a shorter group (never, by config) would not fit
-            self.trainer.accelerator.backward(loss * weight if weight != 1.0 else loss)
-        return result
+            self._backwards_left -= 1
+            # divided by gradient_accumulation_steps; a shorter group (never, by config) would not fit
+            loss = loss * weight if weight != 1.0 else loss
+            distributed.backward(self.trainer.accelerator, loss, last=self._backwards_left == 0)
+            self._engine_has_gradients = self.kind.startswith("zero")
+        return found[0]
 
     def _forward(self, packed: Pack, count: float) -> tuple[torch.Tensor, Result]:
         model, data = self.trainer.model, self._data(packed)
@@ -197,6 +208,9 @@ class PackedLearner:
 
     def _gather(self, results: list[Result]) -> list[Result]:
         """Statistics over all processes; beside their exchange gradients are added up. Sets `used`."""
+        if self.kind.startswith("zero"):  # the engine keeps gradients, and has reduced them
+            found = distributed.share_stats(self.trainer.accelerator, [result.sums for result in results])
+            return [result._replace(sums=sums) for result, sums in zip(results, found, strict=True)]
         parameters = list(self.trainer.model_params)
         had = [parameter.grad is not None for parameter in parameters]
         if self.trainer.accelerator.num_processes > 1:
@@ -246,12 +260,20 @@ class PackedLearner:
             )
 
     def _step(self, group: list[list[int]], means: list[dict[str, float]]) -> None:
+        if self.kind.startswith("zero"):
+            had, self._engine_has_gradients = self._engine_has_gradients, False
+            if had:  # else every mini-batch was dropped
+                self.grad_norm = apply_step(self.trainer, (group, means), agreed=True).grad_norm
+            return
         done, self.grad_norm = apply_step(self.trainer, (group, means), agreed=True)
         if not done:
             self._forget()
 
     def _forget(self) -> None:
         """Drop the group's gradients."""
+        if self._engine_has_gradients:
+            zero.discard(self.trainer.accelerator)
+            self._engine_has_gradients = False
         for parameter in self.trainer.model_params:
             parameter.grad = None
 

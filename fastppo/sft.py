@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from fastppo import distributed, zero
 from fastppo.kernels.linear_logprob import Head, linear_logprob
 from fastppo.kernels.logprob import logprob
 from fastppo.models.head import checked_output_head, output_head
@@ -162,25 +163,38 @@ class SFTTrainer(PackedTrainer):
         scored_N = labels_N != -100
         targets = labels_N[scored_N]
 
-        def forward() -> Predictions:
-            return predict(self._packed, self._head_reason, tokens_BT, batch, scored_N, targets)
+        correct: list[int] = []
 
+        def forward() -> Predictions:
+            scores = predict(self._packed, self._head_reason, tokens_BT, batch, scored_N, targets)
+            if (
+                self._this_step_is_logged()
+            ):  # a second product with the head; ZeRO-3 gives the head back after this function
+                correct.append(scores.count_correct())
+            return scores
+
+        self._gather_head()
         with self.accelerator.autocast():
             scores = self._packed.call(model, forward)
-        self._record(scores, batch)
+        self._record(scores, batch, correct)
         total = -scores.logprob_R.sum()
         if num_items_in_batch is None:
             return total / max(targets.numel(), 1)
         # DDP averages gradients over processes; the count is of all of them
         return total * self.args.world_size / num_items_in_batch
 
+    def _gather_head(self) -> None:
+        """ZeRO-3 gathers the parameters of modules that are called; the head's are read."""
+        if not self._head_reason and distributed.kind(self.accelerator) == "zero3":
+            zero.gather_with(self._packed.model, self._packed.inner.get_output_embeddings().parameters())
+
     @torch.no_grad()
-    def _record(self, scores: "Predictions", batch: PackedBatch) -> None:
+    def _record(self, scores: "Predictions", batch: PackedBatch, correct: list[int]) -> None:
         self._metrics.add(self._mode, "entropy", scores.entropy_R.detach().sum(), scores.entropy_R.numel())
         if self._mode == "train":
             self._new_tokens += batch.tokens_1N.numel()
-        if self._this_step_is_logged():  # a second product with the head
-            self._metrics.add(self._mode, "mean_token_accuracy", scores.count_correct(), scores.entropy_R.numel())
+        for count in correct:
+            self._metrics.add(self._mode, "mean_token_accuracy", count, scores.entropy_R.numel())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import ExportableState
 
 from fastppo import checkpoint as ckpt
-from fastppo import distributed, manifest, sharded_optimizer
+from fastppo import distributed, manifest, sharded_optimizer, zero
 from fastppo.disk import CheckpointError, read_json, set_aside, sync_tree, told_as_checkpoint_error
 from fastppo.run_folder import later_than, remove_old, whole_or_nothing
 from fastppo.trainer.state_checks import check_optimizer, check_random, tell_threads
@@ -161,7 +161,10 @@ def collect(trainer: Any, model: torch.nn.Module) -> tuple[dict[str, dict[str, t
     random_tensors, random_values = everyones_random_state(trainer.accelerator, *ckpt.rng_state())
     parts, values = {"random": random_tensors}, {"optimizer": None, "scheduler": None, "scaler": None}
     if not trainer.args.save_only_model:
-        parts["optimizer"], tree = ckpt.split_tensors(sharded_optimizer.save(trainer.optimizer))
+        if zero.engine_of(trainer.accelerator):
+            parts["optimizer"], tree = zero.save_optimizer(trainer.accelerator)
+        else:
+            parts["optimizer"], tree = ckpt.split_tensors(sharded_optimizer.save(trainer.optimizer))
         parts["scheduler"], values["scheduler"] = ckpt.split_tensors(trainer.lr_scheduler.state_dict())
         values["optimizer"] = {"type": type_name(trainer.optimizer), "tree": tree}
         if (scaler := getattr(trainer.accelerator, "scaler", None)) is not None:
@@ -172,14 +175,16 @@ def collect(trainer: Any, model: torch.nn.Module) -> tuple[dict[str, dict[str, t
 
 def identity(trainer: Any, model: torch.nn.Module) -> dict[str, Any]:
     """What must be the same when the run goes on: parameters by name, and fingerprints of what no checkpoint holds."""
-    sharded = distributed.fsdp_units(model)
-    # FSDP may hold parameters in another dtype than they are loaded in
+    accelerator = trainer.accelerator
+    sharded = distributed.kind(accelerator) not in ("single", "ddp")
+    # FSDP and DeepSpeed may hold parameters in another dtype than they are loaded in, ZeRO-3 in another shape
     dtype = (lambda p: None) if sharded else (lambda p: str(p.dtype))
-    table = {name: [dtype(p), list(p.shape)] for name, p in model.named_parameters()}
+    table = {name: [dtype(p), list(getattr(p, "ds_shape", p.shape))] for name, p in model.named_parameters()}
     frozen = {}
     reference = getattr(trainer, "ref_model", None)
     if reference is not None:
-        frozen["reference"] = fingerprint(trainer.accelerator.unwrap_model(reference).named_parameters())
+        bare = accelerator.unwrap_model(reference)
+        frozen["reference"] = distributed.whole(accelerator, bare, lambda: fingerprint(bare.named_parameters()))
     if any("lora_" in name for name in table):
         base = ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
         frozen["base"] = None if sharded else fingerprint(base)
@@ -257,9 +262,12 @@ def load_optimizer(trainer: Any, saved: ckpt.Checkpoint) -> None:
         if values["optimizer"] is None:
             logger.warning("%s was saved with save_only_model: the optimizer starts anew", saved.path)
             return
-        optimizer = ckpt.join_tensors(saved.parts["optimizer"], values["optimizer"]["tree"])
-        check_optimizer(trainer, saved, optimizer)
-        sharded_optimizer.load(trainer.optimizer, optimizer)
+        if zero.engine_of(trainer.accelerator):
+            zero.load_optimizer(trainer.accelerator, saved.parts["optimizer"], values["optimizer"]["tree"])
+        else:
+            optimizer = ckpt.join_tensors(saved.parts["optimizer"], values["optimizer"]["tree"])
+            check_optimizer(trainer, saved, optimizer)
+            sharded_optimizer.load(trainer.optimizer, optimizer)
         trainer.lr_scheduler.load_state_dict(ckpt.join_tensors(saved.parts["scheduler"], values["scheduler"]))
         if values["scaler"] is not None and getattr(trainer.accelerator, "scaler", None) is not None:
             trainer.accelerator.scaler.load_state_dict(values["scaler"])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastppo import distributed, zero
 from fastppo.distributed import full_tensor
 from fastppo.kernels._backend import extension
 from fastppo.kernels.logprob import logprob
@@ -146,9 +147,13 @@ def apply_step(trainer, group, agreed: bool = False) -> Applied:
     """
     accelerator, config = trainer.accelerator, trainer.config
     accelerator.gradient_state._set_sync_gradients(True)
-    accelerator.unscale_gradients(trainer.optimizer)
-    norm = clip(trainer.model_params, config.max_grad_norm)
-    watched = [] if accelerator.scaler is not None else list(_watched(group, norm))
+    zeroed = distributed.kind(accelerator).startswith("zero")
+    if zeroed:
+        norm, scaled = zero.gradient_norm(accelerator), zero.scales_loss(accelerator)
+    else:
+        accelerator.unscale_gradients(trainer.optimizer)
+        norm, scaled = clip(trainer.model_params, config.max_grad_norm), accelerator.scaler is not None
+    fine, watched = False, [] if scaled else list(_watched(group, norm))
     try:
         # fp16's loss scaler expects infinite gradients now and then, and skips those steps itself
         fine = all(trainer._guard.allows(what, value, rows, trainer._steps_done) for what, value, rows in watched)
@@ -156,8 +161,10 @@ def apply_step(trainer, group, agreed: bool = False) -> Applied:
             everywhere = accelerator.gather(torch.tensor([float(fine)], device=trainer.current_device))
             fine = bool(everywhere.all())
         if fine:
-            trainer.optimizer.step()
+            zero.step(accelerator) if zeroed else trainer.optimizer.step()
     finally:  # also where the guard stops: the next step's gradients would be added to these
+        if zeroed and not fine:
+            zero.discard(accelerator)
         trainer.optimizer.zero_grad()
     return Applied(fine, norm)
 

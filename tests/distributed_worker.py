@@ -1,6 +1,6 @@
 """One process of test_distributed.py: runs the cases that it is given on its share of the rows and writes what it found.
 
-python distributed_worker.py FOLDER CASE[,CASE...] [fsdp2]        under torchrun, or alone for the single-process result
+python distributed_worker.py FOLDER CASE[,CASE...] [fsdp2|zero2|zero3]        under torchrun, or alone for the single-process result
 accelerate launch ... distributed_worker.py FOLDER CASE[,CASE...] launched        how parameters lie is the launcher's choice
 Every case splits the same 8 (or 7) sequences of a step over the processes, so that mini-batches hold the same ones.
 """
@@ -23,6 +23,7 @@ from fastppo.distributed import fsdp_units
 
 GLOBAL, MINI = 8, 4  # sequences of a step and of a mini-batch over all processes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+ZERO = sys.argv[-1][4:] if sys.argv[-1] in ("zero2", "zero3") else ""  # DeepSpeed's stage
 
 
 def own_rows(mini: int) -> list[int]:
@@ -66,16 +67,30 @@ def ask_for_fsdp2() -> None:
     os.environ |= {f"FSDP_{name}": value for name, value in options.items()}
 
 
+def ask_for_deepspeed(stage: str) -> None:
+    """What accelerate launch sets from examples/accelerate/deepspeed_zero<stage>.yaml, on a CPU."""
+    from accelerate import PartialState
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    PartialState(cpu=True)  # accelerate ignores DeepSpeed where cpu=True is given to the Accelerator itself
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+
+
 def plain(stats: dict) -> dict:
     kept = {k: v for k, v in stats.items() if not k.startswith(("time/", "fastppo/")) and np.ndim(v) == 0}
     return {k: float(v) for k, v in kept.items()}
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    from fastppo.distributed import bare, full_tensor
+def weights(accelerator, model) -> dict[str, torch.Tensor]:
+    from fastppo.distributed import bare, full_tensor, whole
 
-    named = bare(model).named_parameters()
-    return {name: full_tensor(p.detach()).clone() for name, p in named if p.requires_grad}
+    named = dict(bare(model).named_parameters())
+
+    def copies():
+        return {name: full_tensor(p.detach()).clone() for name, p in named.items() if p.requires_grad}
+
+    return whole(accelerator, bare(model), copies) if ZERO else copies()
 
 
 # --- the classic trainer ----------------------------------------------------------------------------------------------
@@ -102,7 +117,9 @@ CLASSIC = {
 
 def classic_trainer(case: dict, whole_batch: bool = False, **extra):
     sizes = {"batch_size": GLOBAL // WORLD, "mini_batch_size": (GLOBAL if whole_batch else MINI) // WORLD}
-    config = case.get("config", {}) | sizes | {"learning_rate": 3e-4, "accelerator_kwargs": {"cpu": True}}
+    config = (
+        case.get("config", {}) | sizes | {"learning_rate": 3e-4, "accelerator_kwargs": {} if ZERO else {"cpu": True}}
+    )
     return golden_cases.trainer(fastppo, {**case, "config": config}, **extra)
 
 
@@ -111,7 +128,7 @@ def classic_batches(case: dict, count: int = 2):
     yield from golden_cases.batches({**case, "config": config}, count)
 
 
-def classic(name: str) -> tuple[dict, list[dict]]:
+def classic(name: str, folder: Path) -> tuple[dict, list[dict]]:
     case, fewer, whole_batch = CLASSIC[name], name == "fewer", name in ("fewer", "rollout")
     extra = {"batch_size": GLOBAL - 1, "mini_batch_size": GLOBAL - 1} if fewer and WORLD == 1 else {}
     made = classic_trainer(case, whole_batch, **extra)
@@ -130,9 +147,12 @@ def classic(name: str) -> tuple[dict, list[dict]]:
             steps[-1]["sampled tokens"] = int(sampled)
     steps.append({"optimizer steps": int(next(iter(made.optimizer.state.values()))["step"])})
     assert bool(fsdp_units(made.model)) == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    if ZERO:
+        made.generate(queries, return_prompt=False, do_sample=False, max_new_tokens=4, pad_token_id=0)
+        made.save_pretrained(str(folder / f"{name}-policy"))
     moments = {"mean": float(made.running.mean), "std": float(made.running.std), "count": float(made.running.count)}
     assert type(made._path).__name__ == ("PaddedPath" if name == "padded" else "PackedPath")
-    return weights(made.model), [*steps, moments]
+    return weights(made.accelerator, made.model), [*steps, moments]
 
 
 def resumed(name: str, folder: Path) -> tuple[dict, list[dict]]:
@@ -164,7 +184,7 @@ def resumed(name: str, folder: Path) -> tuple[dict, list[dict]]:
     again = classic_trainer(case, True)
     assert again.load_checkpoint(folder / f"{name}-run").step == 1
     logs = steps(again, batches[1:])
-    found, kept = weights(again.model), weights(straight.model)
+    found, kept = weights(again.accelerator, again.model), weights(straight.accelerator, straight.model)
     bitwise = all(torch.equal(found[n], kept[n]) for n in kept) and repr(logs) == repr(wanted[1:])
     again.save_pretrained(folder / f"{name}-policy")
     again.accelerator.wait_for_everyone()
@@ -174,24 +194,31 @@ def resumed(name: str, folder: Path) -> tuple[dict, list[dict]]:
 # --- the others -------------------------------------------------------------------------------------------------------
 
 
+def late_trainer(folder: Path, value: bool = False, **options):
+    import late_cases
+
+    torch.manual_seed(5)
+    reward = lambda prompts, completions: [c.split().count("cat") + len(c) / 40 for c in completions]  # noqa: E731
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": GLOBAL // 2 // WORLD}
+    options |= sizes | {"total_episodes": 24, "learning_rate": 3e-4, "reward": reward, "kl_estimator": "k3"}
+    options |= {"response_length": 6, "stop_token": "eos", "num_ppo_epochs": 2, "logging_steps": 1}
+    return late_cases.trainer(folder, value=value, **options)
+
+
 def late(name: str, folder: Path) -> tuple[dict, list[dict]]:
     """Three updates; "resume": two, then a new trainer goes on from the checkpoint; "late_fewer": rank 1 lacks a prompt."""
-    import late_cases
 
     def made(**options):
         from peft import LoraConfig
 
         lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
         options |= {"peft_config": lora} if name == "late_lora" else {}
-        torch.manual_seed(5)
-        reward = lambda prompts, completions: [c.split().count("cat") + len(c) / 40 for c in completions]  # noqa: E731
-        sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": GLOBAL // 2 // WORLD}
-        options |= sizes | {"total_episodes": 24, "learning_rate": 3e-4, "whiten_rewards": name == "late_whiten"}
-        options |= {"value": name == "late_value", "reward": reward, "kl_estimator": "k3"}
-        options |= {"response_length": 6, "stop_token": "eos", "num_ppo_epochs": 2, "logging_steps": 1}
-        return late_cases.trainer(folder / name, **options)
+        return late_trainer(folder / name, value=name == "late_value", whiten_rewards=name == "late_whiten", **options)
 
-    run = made(save_strategy="steps", save_steps=2) if name == "late_resume" else made()
+    skip = {"on_nonfinite": "skip"} if name == "late_nan" else {}
+    run = made(**({"save_strategy": "steps", "save_steps": 2} if name == "late_resume" else skip))
+    if name == "late_nan":
+        spoil_second_update(run)
     if name == "late_fewer":
         drop_last_prompt(run)
     run.train()
@@ -199,7 +226,7 @@ def late(name: str, folder: Path) -> tuple[dict, list[dict]]:
         run = made()
         run.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
     logs = [{k: v for k, v in line.items() if k not in ("eps", "epoch")} for line in run.state.log_history]
-    return weights(run._wrapper), logs
+    return weights(run.accelerator, run._wrapper), logs
 
 
 def drop_last_prompt(run) -> None:
@@ -214,6 +241,19 @@ def drop_last_prompt(run) -> None:
     run.dataloader.collate_fn = fewer
 
 
+def spoil_second_update(run) -> None:
+    """Gradients of the second update are NaN on the last process; the statistics of its passes are not."""
+    from fastppo.experimental.ppo import learner
+
+    real = learner.Learner._forward
+
+    def forward(self, packed, count):
+        loss, result = real(self, packed, count)
+        return loss * (float("nan") if run.state.global_step == 1 and RANK == WORLD - 1 else 1.0), result
+
+    learner.Learner._forward, run.fused = forward, "the models' own modules"
+
+
 def supervised(name: str, folder: Path) -> tuple[dict, list[dict]]:
     import test_reward
     import test_sft
@@ -226,7 +266,7 @@ def supervised(name: str, folder: Path) -> tuple[dict, list[dict]]:
     run.train()
     keep = ("loss", "grad_norm", "num_tokens", "entropy", "accuracy", "margin", "mean_token_accuracy")
     logs = [{k: line[k] for k in keep if k in line} for line in run.state.log_history if "loss" in line]
-    return weights(run.model), logs
+    return weights(run.accelerator, run.model), logs
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -241,6 +281,25 @@ def failing_reward(folder: Path) -> None:
         return [0.0] * len(completions)
 
     late_cases.trainer(folder, value=False, reward=reward, per_device_train_batch_size=2).train()
+
+
+def nan_stops(folder: Path) -> None:
+    """Gradients of the second update are NaN on the last process: what was raised, and whether weights were touched."""
+    from fastppo.score import NonFinite
+
+    run = late_trainer(folder)
+    spoil_second_update(run)
+    before = {}
+    run.rollout = lambda *args, rollout=run.rollout: (
+        before.update(weights(run.accelerator, run._wrapper)),
+        rollout(*args),
+    )[1]
+    try:
+        run.train()
+    except NonFinite as error:
+        now = weights(run.accelerator, run._wrapper)
+        same = run.state.global_step == 1 and all(torch.equal(now[name], before[name]) for name in now)
+        print(f"NonFinite: {error}; weights as before: {same}")
 
 
 def step_after(what, seconds: float, folder: Path) -> None:
@@ -264,6 +323,7 @@ def wait_for_the_end(folder: Path) -> None:
 
 
 FAILURES = {
+    "nan_stops": nan_stops,
     "failing_reward": failing_reward,
     "dying": lambda folder: step_after(lambda: os._exit(9), 300.0, folder),
     "late_process": lambda folder: step_after(lambda: wait_for_the_end(folder), 10.0, folder),
@@ -276,7 +336,7 @@ def run_case(name: str, folder: Path) -> None:
         return
     if name in CLASSIC:
         with in_order():
-            found, logs = resumed(name, folder) if name.startswith("resume") else classic(name)
+            found, logs = resumed(name, folder) if name.startswith("resume") else classic(name, folder)
     elif name.startswith("late"):
         found, logs = late(name, folder)
     else:
@@ -289,7 +349,9 @@ def main() -> None:
     folder, names, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if rest:
+    if ZERO:
+        ask_for_deepspeed(ZERO)
+    elif rest:
         cpu_fsdp2()
     if rest == ["fsdp2"]:
         ask_for_fsdp2()

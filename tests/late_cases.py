@@ -24,13 +24,14 @@ def trainer(tmp_path, *, value=True, reward=None, ref_model=None, data=None, eva
         for name in ("peft_config", "callbacks", "optimizers", "data_collator")
         if name in options
     }
+    # before the configuration: with ZeRO-3 in it transformers shards what it makes from then on
+    models = {"model": policy or make_model(), "value_model": (make_model("reward", 1) if value is True else value) or None}
+    models["reward_model"] = make_model("reward", 2) if reward is None else reward
     return PPOTrainer(
         args=PPOConfig(**(args | options)),
         processing_class=make_tokenizer(),
-        model=policy or make_model(),
         ref_model=ref_model,
-        reward_model=make_model("reward", 2) if reward is None else reward,
-        value_model=(make_model("reward", 1) if value is True else value) or None,
+        **models,
         train_dataset=Dataset.from_list(prompts() if data is None else data),
         eval_dataset=None if evaluate is None else Dataset.from_list(evaluate),
         **more,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 CLASSIC = ["plain", "everything", "early_stopping", "lora", "padded", "rollout", "fewer", "skipped"]
 RESUMED = ["resume", "resume_lora"]
-LATE = ["late", "late_lora", "late_value", "late_whiten", "late_fewer", "late_resume"]
+LATE = ["late", "late_lora", "late_value", "late_whiten", "late_fewer", "late_nan", "late_resume"]
 SUPERVISED = ["sft", "reward"]
 FEW = ["everything", "fewer", "late_lora", "late_fewer"]
 # launch -> (processes, how parameters lie, cases)

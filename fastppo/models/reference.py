@@ -23,9 +23,7 @@ def create_reference_model(model: nn.Module, num_shared_layers: int | None = Non
 
     Raises ValueError when no layer num_shared_layers exists, or under DeepSpeed ZeRO-3, whose parameters are sharded away.
     """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if is_deepspeed_zero3_enabled():
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             "create_reference_model: DeepSpeed ZeRO-3 has sharded the parameters away, so they cannot be copied. "
             "Load the reference with from_pretrained instead."

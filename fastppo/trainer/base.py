@@ -73,6 +73,8 @@ class BaseTrainer(PyTorchModelHubMixin):
         With many processes, all may call it (and must where parameters are sharded: FSDP2, ZeRO-3); the first one writes.
         """
         if self.accelerator.is_main_process:
+            # not the mixin's own choice, a copy of the PPOConfig: a plugin in accelerator_kwargs can't always be copied
+            kwargs["config"] = kwargs.get("config") or {}
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         # The mixin would remove the config.json that the first process has written. To upload it saves again.
         for _ in range(1 + push_to_hub):

@@ -29,7 +29,7 @@ class Engines:
         # deterministic: its scoring pass and its training pass round differently
         if dtype is None or self.trainer.current_device.type != "cpu" or self.trainer.config.deterministic:
             return None
-        if distributed.kind(accelerator) == "fsdp2":
+        if distributed.kind(accelerator) not in ("single", "ddp"):
             return None
         if id(model) not in self._made:
             whole = accelerator.unwrap_model(model)

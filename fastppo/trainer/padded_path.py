@@ -118,7 +118,7 @@ class PaddedPath:
     @staticmethod
     def apply(trainer, loss: torch.Tensor) -> None:
         """What train_minibatch does with its loss; inside accelerator.accumulate."""
-        trainer.accelerator.backward(loss)
+        distributed.backward(trainer.accelerator, loss, last=trainer.accelerator.sync_gradients)
         if trainer.accelerator.sync_gradients:
             means = {"policy_loss": float(loss.detach()), "value_loss": 0.0}
             update.apply_step(trainer, ([getattr(trainer, "_minibatch_rows", [])], [means]))

@@ -49,8 +49,6 @@ def _padded_because(trainer, default_collator: bool) -> str | None:
         return f"{type(trainer).__name__} overrides {', '.join(changed)}"
     if not default_collator:
         return "training_data_collator decides on the padding"
-    if distributed.kind(trainer.accelerator).startswith("zero"):
-        return "DeepSpeed takes the optimizer step itself"
     if getattr(trainer.model, "is_sequential_parallel", False):
         return "the model is split over devices"
     models = [trainer.model] + [trainer.ref_model] * (trainer.ref_model is not None)

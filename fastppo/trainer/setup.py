@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from fastppo import distributed
+from fastppo import attention, distributed, zero
 from fastppo.trainer.columns import Batches, EpochSampler
 from fastppo.trainer.kl_controller import AdaptiveKLController, FixedKLController
 from fastppo.trainer.running_moments import RunningMoments
@@ -105,6 +105,9 @@ def prepare_with_accelerate(trainer) -> None:
         trainer.model, trainer.optimizer, trainer.data_collator, trainer.dataloader, trainer.lr_scheduler
     )
     sampler = getattr(trainer.dataloader, "sampler", None)
+    if kind == "zero3":  # the head's parameters are read, not called
+        root = distributed.bare(prepared[0])
+        zero.gather_with(root, attention.unwrap(root).get_output_embeddings().parameters())
     trainer.model, trainer.optimizer, trainer.data_collator, trainer.dataloader, trainer.lr_scheduler = prepared
     if isinstance(sampler, EpochSampler):
         size, processes = trainer.config.batch_size, trainer.accelerator.num_processes
@@ -120,14 +123,21 @@ def prepare_with_accelerate(trainer) -> None:
 
 
 def complete_deepspeed_config(trainer) -> None:
-    """What DeepSpeed's configuration leaves open: clipping (accelerate would clip at 1.0) and the micro-batch's size, which
-    accelerate looks for in a dataloader."""
-    options, config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config, trainer.config
+    """What DeepSpeed's configuration leaves open: clipping (accelerate would clip at 1.0), mini-batches of an optimizer step,
+    and the micro-batch's size, which accelerate looks for in a dataloader."""
+    plugin, config = trainer.accelerator.state.deepspeed_plugin, trainer.config
+    options = plugin.deepspeed_config
     wanted = {
         "gradient_clipping": config.max_grad_norm or 0.0,
         "train_micro_batch_size_per_gpu": config.mini_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
     }
-    options |= {name: value for name, value in wanted.items() if options.get(name, "auto") == "auto"}
+    if not hasattr(
+        plugin, "left_open"
+    ):  # the plugin is every trainer's of this process: what one fills in binds no other
+        open_values = {"gradient_accumulation_steps": ("auto", 1)}  # 1 is what accelerate writes unasked
+        plugin.left_open = [n for n in wanted if options.get(n, "auto") in open_values.get(n, ("auto",))]
+    options |= {name: wanted[name] for name in plugin.left_open}
 
 
 def prepare_deepspeed(accelerator, model):

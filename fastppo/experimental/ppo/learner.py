@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from fastppo import distributed
+from fastppo import distributed, zero
 from fastppo.data import Experience
 from fastppo.kernels.linear_logprob import linear_logprob
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
@@ -55,6 +55,11 @@ class Policy:
         self.packed = PackedModel(model)
         head = checked_output_head(model)
         self.full_logits = head if isinstance(head, str) else None
+
+    def gather_head(self, accelerator: Any, root: nn.Module) -> None:
+        """ZeRO-3 gathers the parameters of modules that are called; the head's are read. root: what the engine wraps."""
+        if not self.full_logits and distributed.kind(accelerator) == "zero3":
+            zero.gather_with(root, self.packed.inner.get_output_embeddings().parameters())
 
     def states(self, packed: Pack) -> torch.Tensor:
         """[R, D] hidden states, or [R, V] logits where full_logits says so."""

@@ -84,7 +84,7 @@ class PPOConfig(BaseConfig):
     cliprange_value: float = _told("How far a value may move from the old one.", 0.2)
     gamma: float = _told("Discount factor.", 1.0)
     lam: float = _told("lambda of GAE.", 0.95)
-    ds3_gather_for_generation: bool = _told("Kept for TRL's sake: DeepSpeed ZeRO-3 is not supported.", True)
+    ds3_gather_for_generation: bool = _told("Kept for TRL's sake: ZeRO-3 always gathers once per rollout.", True)
     # --- fastppo only
     reward_weights: list[float] | None = _told("Weights of the rewards when reward_model is a list; None: all 1.")
     old_logprobs: str = _told("rollout: as sampled; recompute: from one more pass.", "rollout")

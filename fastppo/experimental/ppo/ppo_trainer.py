@@ -114,16 +114,13 @@ class PPOTrainer(BaseTrainer):
     def _set_up(self) -> None:
         """What needs the accelerator: devices, the stages' views of the models, state."""
         args = self.args
-        if distributed.kind(self.accelerator).startswith("zero"):
-            raise ValueError("PPOTrainer: DeepSpeed is not supported; launch with DDP or FSDP2 (examples/accelerate)")
-        for model in self._rewards.models:
-            model.to(self.accelerator.device).eval()
+        self._rewards.prepare(self.accelerator)
         if args.gradient_checkpointing:
             for model in (self.policy_model, self.value_model):
                 if model is not None:
                     model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        self.policy = learner.Policy(self.policy_model)
-        self.reference = None if self.ref_model is None else learner.Policy(self.ref_model)
+        self.policy = self._scored(self.policy_model)
+        self.reference = None if self.ref_model is None else self._scored(self.ref_model)
         self.ref_model = distributed.prepare_frozen(self.accelerator, self.ref_model)
         shared = self.value_model is None
         self.value = learner.SharedValue(self.model, self.policy) if shared else learner.SeparateValue(self.value_model)
@@ -146,6 +143,9 @@ class PPOTrainer(BaseTrainer):
         self.stream = prompt_stream(args, len(self.train_dataset), self.accelerator.process_index)
         loading = {"collate_fn": self.data_collator, "num_workers": args.dataloader_num_workers}
         self.dataloader = DataLoader(self.train_dataset, batch_sampler=self.stream, **loading)
+
+    def _scored(self, model: nn.Module) -> learner.Policy:
+        return distributed.whole(self.accelerator, model, lambda: learner.Policy(model))
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -224,6 +224,7 @@ class PPOTrainer(BaseTrainer):
         if checkpoint:
             saving.load_weights(self, Path(checkpoint))
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.policy.gather_head(self.accelerator, self.model)
         if checkpoint:
             saving.load_resume(self, Path(checkpoint))
         for name in ("model", "optimizer", "lr_scheduler"):

@@ -11,11 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fastppo import distributed
 from fastppo.engine.body import Inputs
 from fastppo.engine.spec import Spec
 from fastppo.experimental.ppo.engines import SCORED_TOKENS, Classifier
@@ -24,6 +26,9 @@ from fastppo.packed_model import PackedModel
 from fastppo.packing import PackedBatch, pack
 from fastppo.reward import last_tokens
 from fastppo.score import as_scores
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 RETRIES = 3
 TIMEOUT_SECONDS = 60.0
@@ -58,6 +63,12 @@ class Rewards:
     def models(self) -> list[nn.Module]:
         return [source.model for source in self.sources if isinstance(source, ModelReward)]
 
+    def prepare(self, accelerator: "Accelerator") -> None:
+        """Reward models to the device."""
+        for source in self.sources:
+            if isinstance(source, ModelReward):
+                source.prepare(accelerator)
+
     def __call__(self, judged: Judged) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(scores [B], name -> scores [B]), float32 on the CPU. NonFinite names the sequences of a NaN or infinity."""
         parts = [as_scores(source(judged), len(judged.completions)) for source in self.sources]
@@ -87,9 +98,18 @@ class ModelReward:
         check_scorer(model, "reward_model")
         self.name, self.model, self.chunk = type(model).__name__, model.eval(), chunk
         self._packed, self._engine = PackedModel(model), Classifier(model)
+        self._whole: Callable = lambda function: function()
+
+    def prepare(self, accelerator: "Accelerator") -> None:
+        """To the device. Under ZeRO-3 the model may have been sharded when it was loaded: then it is whole while it scores."""
+        self.model.to(accelerator.device).eval()
+        self._whole = partial(distributed.whole, accelerator, self.model)
+
+    def __call__(self, judged: Judged) -> torch.Tensor:
+        return self._whole(partial(self._judge, judged))
 
     @torch.no_grad()
-    def __call__(self, judged: Judged) -> torch.Tensor:
+    def _judge(self, judged: Judged) -> torch.Tensor:
         device, pad = next(self.model.parameters()).device, self._packed.inner.config.pad_token_id
         spec = "autocast" if torch.is_autocast_enabled(device.type) else self._engine.read()
         longest = judged.tokens_BL.shape[1]

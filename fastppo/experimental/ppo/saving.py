@@ -1,5 +1,6 @@
 """What the late trainer writes and reads back: the policy alone, and checkpoints to go on from."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,20 @@ VALUE = "value"
 
 def policy_state(trainer: "PPOTrainer") -> dict | None:
     """The policy's whole tensors where they are sharded; every process must call it."""
+    if distributed.kind(trainer.accelerator).startswith("zero"):
+        return whole_copies(trainer, trainer.policy_model.state_dict)
     return distributed.state_dict(trainer.policy_model) if distributed.fsdp_units(trainer._wrapper) else None
+
+
+def whole_copies(trainer: "PPOTrainer", tensors: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """tensors(), whole, on the CPU, on the process that writes; every process must call it."""
+
+    def copies() -> dict[str, torch.Tensor]:
+        if not trainer.args.should_save:
+            return {}
+        return {name: x.detach().cpu().clone().contiguous() for name, x in tensors().items()}
+
+    return distributed.whole(trainer.accelerator, trainer._wrapper, copies)
 
 
 def save_checkpoint(trainer: "PPOTrainer") -> None:
@@ -38,6 +52,8 @@ def value_tensors(trainer: "PPOTrainer") -> dict[str, torch.Tensor]:
     """Parameters of the value function by name, whole; every process must call it."""
     policy = {id(x) for x in trainer.policy_model.parameters()}
     value = {name: x for name, x in trainer._wrapper.named_parameters(remove_duplicate=True) if id(x) not in policy}
+    if distributed.kind(trainer.accelerator) == "zero3":
+        return whole_copies(trainer, lambda: value)
     return {name: distributed.full_tensor(x.detach()).cpu().contiguous() for name, x in value.items()}
 
 
@@ -50,12 +66,12 @@ def load_weights(trainer: "PPOTrainer", folder: Path) -> None:
         raise ValueError("PPOTrainer.train: its parameters are sharded already; resume with a new trainer")
     trainer_checkpoints.check_fits(trainer, trainer._wrapper, trainer_checkpoints.read(folder))
     # transformers asks trainer.model about missing keys, and looks for FSDP's own files; here parameters are whole
-    before = trainer.model, trainer.is_fsdp_enabled
-    trainer.model, trainer.is_fsdp_enabled = trainer.policy_model, False
+    before = trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
+    trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = trainer.policy_model, False, False
     try:
         super(trainer_checkpoints.SafeCheckpoints, trainer)._load_from_checkpoint(str(folder), trainer.policy_model)
     finally:
-        trainer.model, trainer.is_fsdp_enabled = before
+        trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = before
     parameters = dict(trainer._wrapper.named_parameters())
     with torch.no_grad():
         for name, saved in load_file(folder / f"{VALUE}.safetensors").items():
