@@ -23,7 +23,8 @@ from fastppo.distributed import fsdp_units
 
 GLOBAL, MINI = 8, 4  # sequences of a step and of a mini-batch over all processes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-ZERO = sys.argv[-1][4:] if sys.argv[-1] in ("zero2", "zero3") else ""  # DeepSpeed's stage
+# DeepSpeed's stage
+ZERO = sys.argv[-1][4:] if sys.argv[-1] in ("zero2", "zero3") else os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
 
 
 def own_rows(mini: int) -> list[int]:
@@ -115,11 +116,17 @@ CLASSIC = {
 }  # fmt: skip
 
 
+def accelerator_options() -> dict:
+    """A plugin object, too, where the case's launch has one."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = {"fsdp_plugin": FullyShardedDataParallelPlugin()} if sys.argv[-1] == "fsdp2" else {}
+    return {} if ZERO else {"cpu": True, **plugin}
+
+
 def classic_trainer(case: dict, whole_batch: bool = False, **extra):
     sizes = {"batch_size": GLOBAL // WORLD, "mini_batch_size": (GLOBAL if whole_batch else MINI) // WORLD}
-    config = (
-        case.get("config", {}) | sizes | {"learning_rate": 3e-4, "accelerator_kwargs": {} if ZERO else {"cpu": True}}
-    )
+    config = case.get("config", {}) | sizes | {"learning_rate": 3e-4, "accelerator_kwargs": accelerator_options()}
     return golden_cases.trainer(fastppo, {**case, "config": config}, **extra)
 
 

@@ -25,7 +25,10 @@ def trainer(tmp_path, *, value=True, reward=None, ref_model=None, data=None, eva
         if name in options
     }
     # before the configuration: with ZeRO-3 in it transformers shards what it makes from then on
-    models = {"model": policy or make_model(), "value_model": (make_model("reward", 1) if value is True else value) or None}
+    models = {
+        "model": policy or make_model(),
+        "value_model": (make_model("reward", 1) if value is True else value) or None,
+    }
     models["reward_model"] = make_model("reward", 2) if reward is None else reward
     return PPOTrainer(
         args=PPOConfig(**(args | options)),

@@ -10,7 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import CLASSIC, LATE, LIMIT_SECONDS, SUPERVISED, ends, results, same_as_one, start
+from test_distributed import (
+    CLASSIC,
+    CONFIGURED,
+    LATE,
+    LIMIT_SECONDS,
+    SUPERVISED,
+    ends,
+    launched,
+    results,
+    same_as_one,
+    start,
+)
 from transformers import AutoModelForCausalLM
 
 from fastppo.trainer import setup
@@ -131,3 +142,15 @@ def test_nan_gradients_never_reach_the_weights(folder, stage):
     for status, output in ends(started, LIMIT_SECONDS):
         assert status == 0, output[-4000:]
         assert "NonFinite: PPOTrainer.step: gradient norm is nan" in output and "weights as before: True" in output
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_launch_with_the_example_configurations(folder, tmp_path, stage):
+    launched(
+        [*CONFIGURED, f"examples/accelerate/deepspeed_zero{stage}.yaml", "--main_process_port", "0"],
+        tmp_path,
+        ["plain", "late"],
+    )
+    for case in ("plain", "late"):
+        same_as_one(results("one", folder), tmp_path, case, 2)

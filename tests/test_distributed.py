@@ -152,23 +152,21 @@ LAUNCHERS = {
 }
 
 
+def launched(arguments: list[str], folder: Path, cases: list[str], more: dict[str, str] | None = None) -> None:
+    """The cases, by a launcher that decides how parameters lie."""
+    worker = [str(HERE / "distributed_worker.py"), str(folder), ",".join(cases), "launched"]
+    variables = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"} | (more or {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, *arguments, *worker], env=variables, cwd=HERE.parent, **pipes)
+    ((status, output),) = ends([process], LIMIT_SECONDS)
+    assert status == 0, output[-4000:]
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_with_the_example_configurations(folder, tmp_path, launcher):
     """torchrun and accelerate launch for real; without a GPU accelerate takes gloo."""
     arguments, cases = LAUNCHERS[launcher]
-    command = [
-        sys.executable,
-        *arguments,
-        str(HERE / "distributed_worker.py"),
-        str(tmp_path),
-        ",".join(cases),
-        "launched",
-    ]
-    variables = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
-    variables |= {"ACCELERATE_USE_CPU": "1"} if launcher == "torchrun" else {}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ((status, output),) = ends([subprocess.Popen(command, env=variables, cwd=HERE.parent, **pipes)], LIMIT_SECONDS)
-    assert status == 0, output[-4000:]
+    launched(arguments, tmp_path, cases, {"ACCELERATE_USE_CPU": "1"} if launcher == "torchrun" else {})
     for case in cases:
         same_as_one(results("one", folder), tmp_path, case, 2)
 
