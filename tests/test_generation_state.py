@@ -165,6 +165,15 @@ def test_a_model_outside_the_interface_goes_to_model_generate(caplog):
         torch.testing.assert_close(rollout.logprobs_BT[i][rollout.mask_BT[i]], wanted, rtol=0, atol=1e-4)
 
 
+def test_eos_none_ends_nothing_there_either():
+    """For a configuration without it transformers takes the model's own end-of-sequence token."""
+    model, prompts = _outside_the_interface(), make_prompts()[:2]
+    first = Generator(model).generate(prompts, **OPTIONS).tokens_BT[0, 0]
+    model.generation_config.eos_token_id = int(first)
+    rollout = Generator(model).generate(prompts, **OPTIONS)
+    assert OPTIONS["eos_token_id"] is None and [len(x) for x in rollout.responses] == [OPTIONS["max_new_tokens"]] * 2
+
+
 def test_encoder_decoders_and_their_values():
     import transformers as t
 

@@ -48,6 +48,8 @@ def _responses(model, prompts, params: GenerationParams, seed: int) -> torch.Ten
     ids_BP, mask_BP = _pad_left(prompts, params.pad, device)
     config = params.config
     config.pad_token_id = params.pad
+    if config.eos_token_id is None:
+        config.eos_token_id = -1  # for None transformers takes the model's own
     if config.max_new_tokens is not None:
         config.max_length = None  # else transformers warns that both are set
     devices = [device] if device.type == "cuda" else []
