@@ -345,11 +345,11 @@ FASTPPO_AMX void panels(const Linear& f, const Tiles& xs, float* out, int64_t ro
 }  // namespace
 
 void amx_linear(const Linear& f, const float* x, float* out, int64_t rows) {
-  static thread_local std::vector<uint16_t> memory;
   const int parts = f.is_bf16 ? 1 : 3;
   const int64_t chunks = (f.K + kChunk - 1) / kChunk, strips = (rows + kStrip - 1) / kStrip, strip = chunks * parts * kTile;
   const int64_t n = (f.N + kPanel - 1) / kPanel;
   auto make_room = [&] {
+    static thread_local std::vector<uint16_t> memory;
     memory.resize(strips * strip + kChunk);
     uint16_t* to = aligned(memory.data());
     if (rows % kStrip) std::fill(to + (strips - 1) * strip, to + strips * strip, uint16_t{0});  // rows that nobody writes

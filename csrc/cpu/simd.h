@@ -110,12 +110,14 @@ inline void parallel_for(int64_t n, int64_t work_per_item, const F& fn) {
     if (n > 0) fn(int64_t{0}, n);
     return;
   }
+  Failure failure;
 #pragma omp parallel num_threads(threads)
   {
     int64_t t = omp_get_thread_num(), k = omp_get_num_threads();
     int64_t begin = n * t / k, end = n * (t + 1) / k;
-    if (begin < end) fn(begin, end);
+    if (begin < end) failure.keep([&] { fn(begin, end); });
   }
+  failure.raise();
 }
 
 // fn(item) for every item in [0, n), each taken by the next free thread; serial as parallel_for.

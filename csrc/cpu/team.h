@@ -5,11 +5,35 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <utility>
 
 #include <omp.h>
 #include <sched.h>
 
 namespace fastppo {
+
+// What a thread other than the caller's throws (std::bad_alloc, say) must not leave that thread: the process would end.
+// keep() runs something on any thread, raise() throws on the caller's what came first.
+class Failure {
+ public:
+  template <typename F>
+  void keep(const F& run) noexcept {
+    try {
+      run();
+    } catch (...) {
+      if (!taken_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+
+  void raise() {
+    if (!taken_.exchange(false)) return;
+    std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+ private:
+  std::atomic<bool> taken_{false};
+  std::exception_ptr error_;
+};
 
 class Team {
  public:
@@ -21,7 +45,7 @@ class Team {
 
   int size() const { return size_; }
 
-  // run(context, begin, end) on [0, n), a part on each thread; returns when all are done.
+  // run(context, begin, end) on [0, n), a part on each thread; returns when all are done, and throws what one threw.
   void loop(void (*run)(const void*, int64_t, int64_t), const void* context, int64_t n) {
     run_ = run, context_ = context, n_ = n;
     signal([this] {
@@ -30,6 +54,7 @@ class Team {
       share(0);
       current() = team;
     });
+    failure_.raise();
   }
 
   template <typename F>
@@ -51,9 +76,9 @@ class Team {
     }
   }
 
-  void share(int64_t t) const {
+  void share(int64_t t) {
     const int64_t begin = n_ * t / size_, end = n_ * (t + 1) / size_;
-    if (begin < end) run_(context_, begin, end);
+    if (begin < end) failure_.keep([&] { run_(context_, begin, end); });
   }
 
   // What thread 0 wrote before it raised epoch_ is read after; what this thread wrote or read is before done_, which thread 0
@@ -72,14 +97,8 @@ class Team {
   void signal(const Own& own) {
     const uint64_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
     epoch_.store(epoch, std::memory_order_release);
-    struct Others {  // waits on the way out of an exception too: nobody may still look at what is written next
-      const Team& team;
-      uint64_t epoch;
-      ~Others() {
-        for (int t = 1; t < team.size_; ++t) wait([&] { return team.done_[t].epoch.load(std::memory_order_acquire) == epoch; });
-      }
-    } others{*this, epoch};
     own();
+    for (int t = 1; t < size_; ++t) wait([&] { return done_[t].epoch.load(std::memory_order_acquire) == epoch; });
   }
 
   // The team is on thread 0's stack: without this wait its end and the others' last look at it would be kept apart by OpenMP's
@@ -94,6 +113,7 @@ class Team {
   const void* context_ = nullptr;
   int64_t n_ = 0;
   int size_ = 1;
+  Failure failure_;
   Done done_[kMost];
 };
 
@@ -103,7 +123,7 @@ void with_team(const F& body) {
   const int threads = omp_get_max_threads();
   if (threads <= 1 || threads > Team::kMost || omp_in_parallel()) return body();
   Team team;
-  std::exception_ptr error;
+  Failure failure;
 #pragma omp parallel num_threads(threads)
   {
     const int t = omp_get_thread_num();
@@ -112,16 +132,12 @@ void with_team(const F& body) {
     } else {
       team.size_ = omp_get_num_threads();
       Team::current() = &team;
-      try {
-        body();
-      } catch (...) {
-        error = std::current_exception();
-      }
+      failure.keep(body);
       Team::current() = nullptr;
       team.close();
     }
   }
-  if (error) std::rethrow_exception(error);
+  failure.raise();
 }
 
 }  // namespace fastppo
