@@ -2,7 +2,8 @@
 
 Two processes that know nothing of each other run as well: what they lose is the machine's (memory, clock), not fastppo's.
 
-python bench/bench_scaling.py [--rounds 7] [--workload tiny] [--mini-batch 4] [--no-csv]
+python bench/bench_scaling.py [--rounds 7] [--workload tiny] [--mini-batch 4] [--stories FOLDER] [--no-csv]
+--stories: the learning task of bench_loop.py instead, mini-batches of 8; FOLDER holds stories260K.
 Every process has its own batch, so that two do twice the work per step; ideal is twice the tokens per second. The three
 take turns, an iteration each; those that aren't asked wait on their standard input.
 """
@@ -37,6 +38,17 @@ def pair(spec: dict, processes: int = 2) -> list[Side]:
 COMMON = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 
 
+def task(options: argparse.Namespace) -> tuple[str, dict]:
+    """(what rows call it, specification for loop_worker.py)"""
+    config = {"accelerator_kwargs": {"cpu": True}}
+    if options.stories:
+        return "stories260K, mini-batch 8", {"model": options.stories, "seed": 0, "threads": 1, "config": config}
+    name, _, ragged = options.workload.partition("-")
+    spec = {"model": name, "batch": MODELS[name], "ragged": bool(ragged), "stage": "loop", "threads": 1}
+    config["mini_batch_size"] = options.mini_batch
+    return f"{options.workload}, mini-batch {options.mini_batch}", spec | {"config": config}
+
+
 def iteration(sides: list[Side], keep: bool) -> None:
     for side in sides:
         side.begin()
@@ -62,13 +74,12 @@ def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="tiny", choices=[n for x in MODELS for n in (x, f"{x}-ragged")])
     parser.add_argument("--mini-batch", type=int, default=4, help="sequences of a process between two reductions")
+    parser.add_argument("--stories", metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--no-csv", dest="csv", action="store_false")
     options = parser.parse_args(argv)
-    name, _, ragged = options.workload.partition("-")
-    spec = {"model": name, "batch": MODELS[name], "ragged": bool(ragged), "stage": "loop", "threads": 1}
-    spec["config"] = {"accelerator_kwargs": {"cpu": True}, "mini_batch_size": options.mini_batch}
+    workload, spec = task(options)
     groups = {"one process": [alone(spec)], "two unrelated processes": [alone(spec), alone(spec)]}
     groups["fastppo 2 processes"] = pair(spec)
     for round_ in range(options.warmup + options.rounds):
@@ -91,12 +102,12 @@ def main(argv: list[str] | None = None) -> float:
             harness.write_row(
                 "bench_scaling",
                 "cpu",
-                shape=f"{options.workload}, mini-batch {options.mini_batch}",
+                shape=workload,
                 dtype="float32",
                 **rows[-1],
             )
     harness.print_table(
-        f"bench_scaling {options.workload}, mini-batches of {options.mini_batch}",
+        f"bench_scaling {workload}",
         rows,
         ("variant", "ms", "speedup", "note"),
     )

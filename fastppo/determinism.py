@@ -5,7 +5,7 @@ among others. So nothing is batched here whose numbers matter later:
 - a rollout runs on the C++ decode program, which computes each row by itself and in one order; a model that it does not
   know is decoded one sequence at a time. Each sequence draws from a generator of its own, by its index and position;
 - old and reference log-probs and values come from one pass per sequence, through the very products and the head that the
-  training pass uses, and the sampler's own are left: on a CPU new - old is 0 and the ratio before the first update is 1, exactly;
+  training pass uses (the engine's, or the model's own modules), and the sampler's own are left: on a CPU new - old is 0 and the ratio before the first update is 1, exactly;
 - gradients are added up sequence by sequence, in the order of the mini-batch.
 The number of threads must stay what it is: sums over threads are part of the rounding.
 """
@@ -19,7 +19,7 @@ import torch
 from fastppo import attention
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
-from fastppo.packed import Sequences, head_for, hidden_states, pack, value_head
+from fastppo.packed import Pack, Sequences, head_for, hidden_states, pack, value_head
 
 # tokens of a micro-batch: below any sequence's, so that each is one of its own
 ONE_SEQUENCE = 1
@@ -54,21 +54,32 @@ def algorithms(config) -> Iterator[None]:
 
 
 @torch.no_grad()
-def score_tokens(model, batch: Sequences, with_values: bool):
-    """packed.score_tokens with the numbers of the training pass: [B, T] log-probs and values (None), 0 where none counts."""
+def score_tokens(model, batch: Sequences, with_values: bool, engine=None):
+    """packed.score_tokens with the numbers of the training pass: [B, T] log-probs and values (None), 0 where none counts.
+
+    engine: (Engine, dtype) or None, as the training pass has it.
+    """
     logprobs = torch.zeros(batch.shape, device=batch.mask_BT.device)
     values = torch.zeros_like(logprobs) if with_values else None
-    with attention.install(model):
+    with attention.install(model) if engine is None else engine[0].started(engine[1]):
         for row in range(len(batch.tokens)):
             packed = pack(batch, [row], only_counting=True)
             if len(packed.flat_R) == 0:
                 continue
-            hidden_RD = hidden_states(model, packed)
-            zeros_R = torch.zeros(len(packed.flat_R), device=logprobs.device)
-            values_R = value_head(model, hidden_RD) if with_values else zeros_R
-            inputs = hidden_RD, values_R, head_for(model, hidden_RD), packed.targets_R
-            output = linear_ppo_loss(*inputs, PPOBatch(*[zeros_R] * 4), PPOLossOptions(), normalizer=1.0)
-            logprobs.view(-1)[packed.flat_R] = output.logprob_N
+            if engine is None:
+                logprob_R, values_R = _score(model, packed, with_values)
+            else:
+                logprob_R, values_R = engine[0].score_as_learnt(packed, with_values)
+            logprobs.view(-1)[packed.flat_R] = logprob_R
             if with_values:
                 values.view(-1)[packed.flat_R] = values_R
     return logprobs, values
+
+
+def _score(model, packed: Pack, with_values: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    hidden_RD = hidden_states(model, packed)
+    zeros_R = torch.zeros(len(packed.flat_R), device=hidden_RD.device)
+    values_R = value_head(model, hidden_RD) if with_values else zeros_R
+    inputs = hidden_RD, values_R, head_for(model, hidden_RD), packed.targets_R
+    output = linear_ppo_loss(*inputs, PPOBatch(*[zeros_R] * 4), PPOLossOptions(), normalizer=1.0)
+    return output.logprob_N, values_R

@@ -10,13 +10,24 @@ import golden_cases
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import fastppo
 from fastppo import PPOConfig
+from fastppo.generation.scheduler import Scheduler
 
 HERE = Path(__file__).parent
+
 SAMPLE = {"do_sample": True, "top_k": 0.0, "top_p": 1.0, "min_length": -1, "pad_token_id": 0}
 CONFIG = {"batch_size": 8, "mini_batch_size": 4, "deterministic": True, "learning_rate": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def any_precision():
+    """One precision per process, says accelerate."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(model: str = "llama", steps: int = 2, case: dict | None = None, **config) -> tuple[str, list, list]:
@@ -47,15 +58,42 @@ def test_budget_and_batching_of_the_rollout_change_no_bit(model):
         assert run(model, **config)[:2] == wanted[:2], config
 
 
+def test_with_lora_they_change_none_either():
+    lora = {"lora": True}
+    wanted = run(case=lora)
+    config = {"max_tokens_per_micro_batch": 1000, "generation": {"max_num_seqs": 3}}
+    assert run(case=lora, **config)[:2] == wanted[:2]
+
+
+def test_preempted_sequences_change_no_bit(monkeypatch):
+    """Pages run out: sequences are put back and computed again."""
+    preempted, real = [], Scheduler._preempt
+    monkeypatch.setattr(Scheduler, "_preempt", lambda self, seq: (preempted.append(seq), real(self, seq))[1])
+    wanted = run(steps=1)
+    assert not preempted
+    assert run(steps=1, generation={"num_blocks": 12, "block_size": 4})[:2] == wanted[:2] and preempted
+
+
+@pytest.mark.parametrize(
+    ("model", "case", "engine"), [("llama", {}, True), ("gpt2", {}, True), ("llama", {"lora": True}, False)]
+)
+def test_it_learns_on_the_engine_where_the_engine_knows_the_model(model, case, engine):
+    made = golden_cases.trainer(fastppo, {"model": model, **case}, **CONFIG)
+    assert (made._path._engines.of(made.model) is not None) == engine
+
+
 def test_without_it_the_budget_does_change_bits():
     """Else the test above shows nothing."""
     off = {"deterministic": False, "old_logprobs": "recompute"}
     assert len({run(max_tokens_per_micro_batch=budget, **off)[0] for budget in (1, 24, 1000)}) > 1
 
 
-@pytest.mark.parametrize("case", [{}, {"lora": True}, {"masks": True}])
-def test_the_ratio_before_the_first_update_is_exactly_one(case):
-    made = golden_cases.trainer(fastppo, case, **CONFIG | {"mini_batch_size": 8, "ppo_epochs": 1})
+@pytest.mark.parametrize(
+    ("case", "precision"), [({}, "no"), ({"model": "gpt2"}, "bf16"), ({"lora": True}, "no"), ({"masks": True}, "no")]
+)
+def test_the_ratio_before_the_first_update_is_exactly_one(case, precision):
+    options = {"mini_batch_size": 8, "ppo_epochs": 1, "mixed_precision": precision}
+    made = golden_cases.trainer(fastppo, case, **CONFIG | options)
     queries, responses, scores, masks = next(golden_cases.batches(case | {"config": CONFIG}, 1))
     stats = made.step(queries, responses, scores, masks)
     assert (stats["ppo/policy/ratio"] == 1.0).all() and len(np.atleast_1d(stats["ppo/policy/ratio"])) > 1

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastppo.engine.body import Body, Inputs
+from fastppo.engine.body import Body, Inputs, Tape
 from fastppo.engine.spec import Spec, read
 from fastppo.engine.weights import product
 from fastppo.gradients import FlatGradients
 from fastppo.kernels._backend import extension
 from fastppo.kernels.linear_logprob import Head, Scales, linear_logprob
 from fastppo.kernels.linear_ppo_loss import Chunk, Loss, Rows, chunk_rows, close_ranks, cpu_chunk
+from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
 
 # where oneDNN makes bfloat16 products (no AMX tiles): it compiles one for every new number of rows, so few numbers, padded with zeros
 ROWS = 64
@@ -125,9 +126,8 @@ class Engine:
 
     def learn(self, packed, batch, options, normalizer: float, backward: bool) -> Microbatch:
         """PPO's loss of a pack; with backward its gradients are added to .grad. batch: PPOBatch at the pack's tokens."""
-        body, multiple = self._body, _multiple(self._body.dtype)
         R = len(packed.at_R)
-        hidden, tape = body.forward(inputs_of(packed, multiple), up(R, multiple), keep=backward)
+        hidden, tape = self._forward(packed, keep=backward)
         leaf_RD = hidden[:R].float().requires_grad_(backward)
         with torch.set_grad_enabled(backward):
             values_R = self._values(leaf_RD)
@@ -136,8 +136,23 @@ class Engine:
         if backward:
             values_R.backward(parts[0].dvalues_R if len(parts) == 1 else torch.cat([p.dvalues_R for p in parts]))
             dhidden[:R] += leaf_RD.grad
-            body.backward(tape, dhidden)
+            self._body.backward(tape, dhidden)
         return Microbatch(parts)
+
+    @torch.no_grad()
+    def score_as_learnt(self, packed, with_values: bool) -> tuple[Tensor, Tensor | None]:
+        """score() inside `started`, in the very numbers that learn() would find now."""
+        R = len(packed.at_R)
+        hidden, _ = self._forward(packed, keep=False)
+        values_R = self._values(hidden[:R].float()) if with_values else None
+        zeros_R = torch.zeros(R)
+        rows = Rows(hidden, zeros_R, packed.targets_R, PPOBatch(*[zeros_R] * 4))
+        _, parts = self._head_and_loss(rows, R, Loss(PPOLossOptions(), 1.0, None), backward=False)
+        return Microbatch(parts).logprob_R, values_R
+
+    def _forward(self, packed, keep: bool) -> tuple[Tensor, Tape | None]:
+        multiple = _multiple(self._body.dtype)
+        return self._body.forward(inputs_of(packed, multiple), up(len(packed.at_R), multiple), keep)
 
     # --- head and loss ------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,7 @@ class Engines:
         """(Engine, dtype) of the trainer's policy or reference; None where its own modules must run."""
         accelerator = self.trainer.accelerator
         dtype = DTYPES.get(accelerator.mixed_precision)
-        # deterministic: its scoring pass and its training pass round differently
-        if dtype is None or self.trainer.current_device.type != "cpu" or self.trainer.config.deterministic:
+        if dtype is None or self.trainer.current_device.type != "cpu":
             return None
         if distributed.kind(accelerator) not in ("single", "ddp"):
             return None

@@ -78,9 +78,9 @@ class PackedPath:
         model, context = acting
 
         def score():
-            if self.trainer.config.deterministic:
-                return determinism.score_tokens(model, self._sequences, with_values)
             engine = self._engines.of(model)
+            if self.trainer.config.deterministic:
+                return determinism.score_tokens(model, self._sequences, with_values, engine)
             return packed.score_tokens(model, self._sequences, self._budget(), with_values, engine)
 
         with context():
