@@ -1,4 +1,4 @@
-"""kl_reward alone (in training it is fused into gae.shaped_gae) against eager PyTorch."""
+"""kl_reward alone (gae.shaped_gae does it inside the GAE launch) against eager PyTorch."""
 
 import torch
 from harness import arguments, compare, graph_ms, report

@@ -66,7 +66,9 @@ def test_plan_keeps_every_row_and_the_budget(lengths, budget):
     bins = packed.plan(lengths, range(len(lengths)), budget)
     assert sorted(sum(bins, [])) == list(range(len(lengths)))
     assert all(rows for rows in bins)
-    assert all(sum(lengths[r] for r in rows) <= budget or len(rows) == 1 for rows in bins)
+    loads = [sum(lengths[r] for r in rows) for rows in bins]
+    assert all(load <= budget or len(rows) == 1 for load, rows in zip(loads, bins, strict=True))
+    assert max(loads) - min(loads) <= max(lengths)  # balanced
 
 
 def test_left_padding_gives_gpt2_its_positions():
