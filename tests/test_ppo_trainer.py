@@ -305,6 +305,15 @@ def test_a_sequence_past_the_models_limit_is_refused(packed):
         made.step(queries, responses, scores)
 
 
+@pytest.mark.parametrize("token", [-1, 96])
+def test_a_token_outside_the_vocabulary_is_refused(token):
+    made = trainer(fastppo, {})
+    queries, responses, scores, _ = batch()
+    responses[1] = torch.tensor([5, token])
+    with pytest.raises(ValueError, match=rf"tokens from .*{token}.*; the model's vocabulary is 0 .. 95"):
+        made.step(queries, responses, scores)
+
+
 def test_gradient_checkpointing_runs_and_changes_nothing():
     """TRL's forward passes are in eval mode, where layers ignore gradient checkpointing."""
     calls, stats = [], []

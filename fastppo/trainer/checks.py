@@ -74,7 +74,14 @@ def check_step(batch_size: int, device, queries, responses, scores, masks=None):
 
 
 def check_lengths(model, queries, responses) -> None:
-    """ValueError where query + response is longer than a decoder-only model can be."""
+    """ValueError where query + response is longer than a decoder-only model can be, or a token is outside its vocabulary."""
+    vocabulary = getattr(model.config, "vocab_size", None)
+    low, high = (int(x) for x in torch.cat([*queries, *responses]).aminmax())
+    if vocabulary and not 0 <= low <= high < vocabulary:
+        raise ValueError(
+            f"PPOTrainer.step: queries and responses have tokens from {low} to {high}; the model's vocabulary is "
+            f"0 .. {vocabulary - 1} (was the tokenizer given new tokens without model.resize_token_embeddings?)"
+        )
     limit = getattr(model.config, "max_position_embeddings", None)
     for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
         if limit and len(query) + len(response) > limit:
