@@ -178,7 +178,8 @@ def rates_of(options: PlanOptions):
             )
         except (NoRates, OSError, ValueError) as error:
             raise UserError(f"--rates: {error}") from error
-    return "no measured rates were given (--matmul-tflops with --bandwidth-gbs, or --rates with --device-name)"
+    ours = "" if options.device == "cpu" else ". fastppo ships none of a GPU: bench/gpu_suite.sh measures them on yours"
+    return f"no measured rates were given (--matmul-tflops with --bandwidth-gbs, or --rates with --device-name){ours}"
 
 
 def plan_one(options: PlanOptions, strategy: str, rates) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def render(plans: list[dict[str, Any]], options: PlanOptions, console) -> None:
         if not plan["fits"] and largest:
             console.print(f"{name}: --tokens-per-micro-batch {plan['tokens_per_micro_batch']:,} does not fit")
         speed = plan["tokens_per_second"]
-        if speed is not None:
+        if speed is not None and plan["fits"] and largest:
             bound = "at most " if options.mfu == 1 else ""
             console.print(
                 f"{name}: {bound}{speed:,.0f} response tokens/s on all devices, communication and the reward left out"

@@ -62,7 +62,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         raise ReportError(f"{folder}: {error}") from error
     rows = [row for row in rows if type(row.get("step")) is int]
     if not rows:
-        raise ReportError(f"{source}: not one finished step in it")
+        raise ReportError(f"{source}: not one finished step in it yet; leave this run out")
     return rows
 
 
