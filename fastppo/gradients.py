@@ -8,16 +8,20 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastppo.kernels import _recycle
+
+Neighbours = Sequence[Sequence[nn.Parameter | None]]
 ALIGNED = 16  # numbers between two starts: a cache line of float32
 
 
 class FlatGradients:
     """whole: the buffer.   views: each parameter's part of it."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], neighbours: Sequence[Sequence[nn.Parameter | None]] = ()):
+    def __init__(self, parameters: Iterable[nn.Parameter], neighbours: Neighbours = (), zeros: bool = True):
         """parameters: what is trained, of one dtype on one device, in the same order on all processes.
 
         neighbours: parameters whose gradients are written as one matrix; they lie without a gap where alignment has none.
+        zeros: whether the buffer begins as zeros; without, its gaps and what nobody writes are undefined.
         """
         wanted = dict.fromkeys(parameters)
         first = [p for group in neighbours for p in group if p in wanted]
@@ -26,7 +30,9 @@ class FlatGradients:
         for parameter in order:
             starts.append(end)
             end += -(-parameter.numel() // ALIGNED) * ALIGNED
-        self.whole = torch.zeros(end, dtype=order[0].dtype, device=order[0].device)
+        self.whole = _memory(end, order[0])
+        if zeros:
+            self.whole.zero_()
         self.views: dict[nn.Parameter, Tensor] = {
             p: self.whole[start : start + p.numel()].view(p.shape) for p, start in zip(order, starts, strict=True)
         }
@@ -51,3 +57,17 @@ class FlatGradients:
             elif parameter.grad is not view:
                 view.copy_(parameter.grad)
             parameter.grad = view
+
+
+def _memory(count: int, like: Tensor) -> Tensor:
+    """[count], uninitialised; on a CPU where packed weights of a rollout may have been."""
+    if like.device.type != "cpu":
+        return torch.empty(count, dtype=like.dtype, device=like.device)
+    return _recycle.of_stage(_recycle.WEIGHTS_OR_GRADIENTS, (count,), like.dtype)
+
+
+def for_one_stage(parameters: Iterable[Tensor | None], neighbours: Neighbours) -> FlatGradients | None:
+    """FlatGradients of those that are trained; None where none is, or where they are of several kinds."""
+    trained = [p for p in parameters if isinstance(p, nn.Parameter) and p.requires_grad]
+    kinds = {(p.dtype, p.device) for p in trained}
+    return FlatGradients(trained, neighbours, zeros=False) if len(kinds) == 1 else None

@@ -6,7 +6,6 @@ Suffixes: B sequences, T predicted positions, N packed tokens, R response tokens
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,10 +129,10 @@ def score_tokens(model, batch: Sequences, budget: int | None, with_values: bool,
     """(logprobs_BT, values_BT or None): float32, 0 where there is no response token. engine: (Engine, dtype) or None."""
     logprobs = torch.zeros(batch.shape, device=batch.mask_BT.device)
     values = torch.zeros_like(logprobs) if with_values else None
-    with nullcontext() if engine else attention.install(model):
+    with engine[0].scoring(engine[1]) if engine else attention.install(model):
         for packed in packs(batch, budget):
             if engine:
-                logprob_R, values_R = engine[0].score(packed, engine[1], with_values)
+                logprob_R, values_R = engine[0].score(packed, with_values)
             else:
                 hidden_RD = hidden_states(model, packed)
                 logprob_R = linear_logprob(hidden_RD, head_for(model, hidden_RD), packed.targets_R).logprob_N

@@ -9,7 +9,6 @@ import pytest
 import torch
 from architectures import tiny
 
-from fastppo.attention import memory
 from fastppo.generation import Generator, fast_path
 from fastppo.kernels import _recycle
 from fastppo.kernels._backend import missing
@@ -23,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 from fastppo.attention.paged import KVCache
 from fastppo.generation import Generator, fast_path
+from fastppo.kernels import _recycle
 
 def model(width, layers):
     sizes = dict(n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=8000)
@@ -42,7 +42,7 @@ before = memory("VmRSS")
 generator.generate(prompts, max_new_tokens=32, **options)
 growth = memory("VmHWM") - before
 (program,) = fast_path._TRACES[policy].values()
-packed = sum(x.nbytes for x in program.packed.values())
+packed = _recycle._kept[_recycle.WEIGHTS_OR_GRADIENTS].nbytes * 4 // 5  # the rest is never written
 pages = generator.block_manager.num_blocks * KVCache.block_bytes(generator._layers, generator.block_size)
 # a row of every buffer, and its widest one once more in three bf16 parts
 batch = tokens * (4 * (sum(program.sizes) - program.sizes[program.logits]) + 6 * max(op.i[1] for op in program.ops if op.kind == "linear"))
@@ -67,21 +67,20 @@ def test_peak_memory_is_pages_packed_weights_and_one_micro_batch():
 @pytest.mark.skipif(missing("cpu", torch.device("cpu")) is not None, reason="the extension is not built")
 def test_a_rollouts_memory_serves_the_next_one_and_nothing_of_it_is_read(monkeypatch):
     monkeypatch.setattr(_recycle, "WORTH_IT", 1)  # so few pages are fresh memory each time otherwise
-    model, name = tiny("llama"), memory._name(torch.float32)
+    model, slots = tiny("llama"), (_recycle.WEIGHTS_OR_GRADIENTS, _recycle.PAGES_OR_ACTIVATIONS)
     generator, options = Generator(model), dict(max_new_tokens=24, do_sample=True, top_k=0, seed=3, eos_token_id=None)
     prompts = [torch.tensor([5, 6, 7]), torch.arange(1, 20)]
     first = generator.generate(prompts, **options)
     (program,) = fast_path._TRACES[model].values()
-    packed, workspace = program.packed[False], program.workspace
-    _recycle._kept[name].view("float32").fill(float("nan"))
-    address = _recycle._kept[name].ctypes.data  # a name for the array would hold it back from the next rollout
-    packed.fill_(float("nan"))
+    workspace = program.workspace
+    for name in slots:
+        _recycle._kept[name].view("float32").fill(float("nan"))
+    addresses = [
+        _recycle._kept[name].ctypes.data for name in slots
+    ]  # a name for an array would hold it back from the next rollout
     again = generator.generate(prompts, **options)
     assert torch.equal(again.tokens_BT, first.tokens_BT) and torch.equal(again.logprobs_BT, first.logprobs_BT)
-    assert _recycle._kept[name].ctypes.data == address
-    assert program.packed[False] is packed and program.workspace is workspace
-    fast_path.give_back(model, packed.nbytes + 1)
-    assert name not in _recycle._kept and program.workspace is None and program.packed[False] is packed
-    fast_path.give_back(model, packed.nbytes)
-    assert not program.packed
+    assert [_recycle._kept[name].ctypes.data for name in slots] == addresses and program.workspace is workspace
+    fast_path.give_back(model)
+    assert not set(slots) & set(_recycle._kept) and program.workspace is None
     assert torch.equal(generator.generate(prompts, **options).tokens_BT, first.tokens_BT)

@@ -5,8 +5,8 @@ import torch
 from late_cases import trainer
 from sft_cases import make_model
 
-from fastppo.experimental.ppo import engines, updates
-from fastppo.generation import fast_path
+from fastppo.experimental.ppo import engines
+from fastppo.kernels import _recycle
 
 
 def gpt2(kind: str):
@@ -49,13 +49,15 @@ def test_weights_are_those_of_autograd(tmp_path, monkeypatch, family, value):
         assert [x[name] for x in first] == pytest.approx([x[name] for x in second], rel=2e-2, abs=1e-4), name
 
 
-@pytest.mark.parametrize("least", [1, 2**30])
-def test_large_packed_weights_of_the_rollout_are_given_back_before_learning(tmp_path, monkeypatch, least):
-    made = trainer(tmp_path, value=False, total_episodes=8)
-    monkeypatch.setattr(updates, "GIVE_BACK_BYTES", least)
-    made.train()
-    (program,) = fast_path._TRACES[made.policy_model].values()
-    assert bool(program.packed) is (least > 1)
+@pytest.mark.parametrize("own_modules", [False, True])
+def test_memory_of_the_rollout_is_the_engines_or_given_back_before_learning(tmp_path, monkeypatch, own_modules):
+    monkeypatch.setattr(_recycle, "WORTH_IT", 1)  # so few bytes are fresh memory each time otherwise
+    _recycle.release()
+    if own_modules:
+        monkeypatch.setattr(engines, "fused_for", lambda trainer: "not now")
+    trainer(tmp_path, value=False, total_episodes=8).train()
+    for name in (_recycle.WEIGHTS_OR_GRADIENTS, _recycle.PAGES_OR_ACTIVATIONS):
+        assert (name in _recycle._kept) is not own_modules
 
 
 def test_adapters_run_their_own_modules(tmp_path):

@@ -46,24 +46,26 @@ def test_rollout_logprobs_save_a_pass_and_agree():
         assert values == pytest.approx([values[0]] * 3, rel=1e-3, abs=1e-4), name
 
 
-def test_packed_weights_of_the_rollout_are_gone_while_learning(made, monkeypatch):
-    from fastppo import attention
-    from fastppo.generation import fast_path
-    from fastppo.trainer import packed_path
+@pytest.mark.parametrize("own_modules", [False, True])
+def test_rollouts_and_steps_share_their_memory(made, monkeypatch, own_modules):
+    """On the engine gradients lie where packed weights were; beside the model's own modules nothing waits for a rollout."""
+    from fastppo import flops
+    from fastppo.kernels import _recycle
+    from fastppo.trainer.engines import Engines
 
-    def packed_bytes():
-        programs = fast_path._TRACES[attention.unwrap(made.model)].values()
-        return sum(x.nbytes for program in programs for x in program.packed.values())
-
+    flops.matmul_flops_per_s(made.current_device, torch.float32, torch.get_num_threads())  # once, in that memory
+    monkeypatch.setattr(_recycle, "WORTH_IT", 1)  # so few bytes are fresh memory each time otherwise
+    _recycle.release()
+    if own_modules:
+        monkeypatch.setattr(Engines, "of", lambda self, model: None)
+    slots = (_recycle.WEIGHTS_OR_GRADIENTS, _recycle.PAGES_OR_ACTIVATIONS)
     made.step(*rollout(made))
-    small = packed_bytes()
-    assert 0 < small < packed_path.GIVE_BACK_BYTES
-    monkeypatch.setattr(packed_path, "GIVE_BACK_BYTES", small)
-    data = rollout(made)
-    made.step(*data)
-    assert packed_bytes() == 0
+    assert [name in _recycle._kept for name in slots] == [not own_modules] * 2
     rollout(made)
-    assert packed_bytes() == small
+    addresses = [_recycle._kept[name].ctypes.data for name in slots]
+    made.step(*rollout(made))
+    now = [_recycle._kept[name].ctypes.data if name in _recycle._kept else None for name in slots]
+    assert now == ([None, None] if own_modules else addresses)
 
 
 def test_statistics_tell_how_fast_responses_were_sampled(made):

@@ -33,3 +33,18 @@ def test_other_sizes_and_ops_have_their_own():
     small = [_recycle.empty("small", (4,)) for _ in range(2)]
     assert small[0].data_ptr() != small[1].data_ptr() and "small" not in _recycle._kept
     assert _recycle.empty("test", (0, 5)).shape == (0, 5)
+
+
+def test_stages_share_and_too_much_is_given_back():
+    name = _recycle.SCRATCH
+    _recycle.release(name)
+    first = _recycle.of_stage(name, (1 << 20,), torch.float32)
+    address = first.data_ptr()
+    beside = _recycle.of_stage(name, (1 << 20,), torch.uint8)
+    assert beside.data_ptr() != address, "held memory is nobody else's"
+    del beside, first
+    first = _recycle.of_stage(name, (1 << 20,), torch.uint8)  # of what came second, which is smaller
+    _recycle.release_over(name, 2 << 20)
+    assert first.data_ptr() == _recycle._kept[name].ctypes.data
+    _recycle.release_over(name, (1 << 20) - 1)
+    assert name not in _recycle._kept and first.zero_().sum() == 0

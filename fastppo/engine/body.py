@@ -83,7 +83,7 @@ class Body:
         self.spec, self.dtype = spec, dtype
         self.weights = Weights(spec, dtype, keep=train)
         self.gradients = Gradients(flat)
-        self._fits, self._memory = fits(spec), Memory()
+        self._fits, self.memory = fits(spec), Memory()
         self._native: Native | None = None
         self._at = _addresses(spec)
 
@@ -118,7 +118,7 @@ class Body:
 
     def _at_once(self, inputs: Inputs, where: Where, rows: _Rows, keep: bool) -> tuple[Tensor, Tensor, Room]:
         if self._native is None:
-            self._native = Native(self.spec, self.weights, self._memory)
+            self._native = Native(self.spec, self.weights, self.memory)
         room = self._native.room(inputs.rows, rows.at_R, keep)
         self._embed(inputs, room.x_ND)
         self._native.forward(room, where)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastppo.engine.body import Body, Inputs, Tape
+from fastppo.engine.native import fits
 from fastppo.engine.spec import Spec, read
 from fastppo.engine.weights import product
-from fastppo.gradients import FlatGradients
+from fastppo.gradients import FlatGradients, for_one_stage
+from fastppo.kernels import _recycle
 from fastppo.kernels._backend import extension
 from fastppo.kernels.linear_logprob import Head, Scales, linear_logprob
 from fastppo.kernels.linear_ppo_loss import Chunk, Loss, Rows, chunk_rows, close_ranks, cpu_chunk
@@ -21,6 +23,8 @@ from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
 
 # where oneDNN makes bfloat16 products (no AMX tiles): it compiles one for every new number of rows, so few numbers, padded with zeros
 ROWS = 64
+# scored in one pass: more would take memory, and no less time (measured: 384, 768 and 1536 tokens of a 4.6 M GPT-2 take the same)
+SCORED_TOKENS = 512
 # largest difference of the probe's hidden states, relative to the largest
 PROBE_TOLERANCE = 1e-3
 
@@ -87,7 +91,7 @@ class Engine:
         self.spec, self.value_head, self.temperature = spec, value_head, temperature
         self._model, self._head = model, head
         self._body: Body | None = None
-        self._tile = torch.empty(0)
+        self._scorer: Body | None = None
 
     def still_fits(self) -> bool:
         """Reads the model again: False once it has hooks, adapters or other parameters than it can compute with."""
@@ -100,19 +104,31 @@ class Engine:
     @contextlib.contextmanager
     def started(self, dtype: torch.dtype, flat: FlatGradients | None = None) -> Iterator["Engine"]:
         """Copies of weights and gradient buffers live inside. flat: where gradients go."""
-        self._body = Body(self.spec, dtype, train=True, flat=flat)
+        parameters = [*self.spec.parameters(), self._head.weight_VD, self._head.bias_V]
+        self._body = Body(self.spec, dtype, train=True, flat=flat or for_one_stage(parameters, self.spec.neighbours()))
+        if not fits(self.spec):
+            _recycle.release(_recycle.PAGES_OR_ACTIVATIONS)  # each block's are made by themselves
         try:
             yield self
         finally:
-            self._body, self._tile = None, torch.empty(0)
+            self._body = None
+
+    @contextlib.contextmanager
+    def scoring(self, dtype: torch.dtype) -> Iterator["Engine"]:
+        """The passes of score() inside share their memory, and copies of weights where the body runs in one call."""
+        self._scorer = Body(self.spec, dtype, train=False)
+        try:
+            yield self
+        finally:
+            self._scorer = None
 
     def refresh(self) -> None:
         self._body.refresh()
 
     @torch.no_grad()
-    def score(self, packed, dtype: torch.dtype, with_values: bool) -> tuple[Tensor, Tensor | None]:
-        """(logprob_R, values_R or None) of a pack."""
-        body, multiple = Body(self.spec, dtype, train=False), _multiple(dtype)
+    def score(self, packed, with_values: bool) -> tuple[Tensor, Tensor | None]:
+        """(logprob_R, values_R or None) of a pack; inside `scoring`."""
+        body, multiple = self._scorer, _multiple(self._scorer.dtype)
         R = len(packed.at_R)
         hidden, _ = body.forward(inputs_of(packed, multiple), up(R, multiple), keep=False)
         targets = torch.nn.functional.pad(packed.targets_R, (0, len(hidden) - R))
@@ -151,27 +167,36 @@ class Engine:
         return Microbatch(parts).logprob_R, values_R
 
     def _forward(self, packed, keep: bool) -> tuple[Tensor, Tape | None]:
-        multiple = _multiple(self._body.dtype)
-        return self._body.forward(inputs_of(packed, multiple), up(len(packed.at_R), multiple), keep)
+        R, multiple = len(packed.at_R), _multiple(self._body.dtype)
+        # first: the body's part of that memory is mostly the smaller one
+        self._tile(min(self._chunk(R), up(R, multiple)))
+        return self._body.forward(inputs_of(packed, multiple), up(R, multiple), keep)
 
     # --- head and loss ------------------------------------------------------------------------------------------------
+
+    def _chunk(self, R: int) -> int:
+        """Rows of a chunk of the head."""
+        dtype = self._body.dtype
+        return up(chunk_rows(R, len(self._head.weight_VD), dtype.itemsize, "cpu"), _multiple(dtype))
+
+    def _tile(self, rows: int) -> Tensor:
+        """[rows, V] in the memory that the body needs before and after the head."""
+        V, dtype = len(self._head.weight_VD), self._body.dtype
+        return self._body.memory.take(_recycle.SCRATCH, rows * V * dtype.itemsize).view(dtype).view(rows, V)
 
     @torch.no_grad()
     def _head_and_loss(self, rows: Rows, R: int, loss: Loss, backward: bool) -> tuple[Tensor, list[Chunk]]:
         """dhidden (zeros without backward) and the chunks; the head's gradients go to .grad."""
         hidden, weight_VD = rows.hidden_RD, self._body.weights.head(self._head.weight_VD)
         head, bias_V = self._head, self._head.bias_V
-        multiple, V = _multiple(hidden.dtype), len(weight_VD)
-        size = up(chunk_rows(R, V, hidden.element_size(), "cpu"), multiple)
+        multiple, size = _multiple(hidden.dtype), self._chunk(R)
         scales = Scales(self.temperature, float(head.logit_scale), float(head.softcap or 0.0))
         dhidden, parts = torch.zeros_like(hidden), []
-        if self._tile.numel() < min(size, len(hidden)) * V or self._tile.dtype != hidden.dtype:
-            self._tile = hidden.new_empty(min(size, len(hidden)) * V)
         bias = None if bias_V is None else bias_V.detach().float()
         for first in range(0, R, size):
             count = min(size, R - first)
             part_rows = rows._replace(hidden_RD=hidden[first : first + up(count, multiple)])
-            tile = self._tile[: len(part_rows.hidden_RD) * V].view(-1, V)
+            tile = self._tile(len(part_rows.hidden_RD))
             product(part_rows.hidden_RD, weight_VD.t(), tile)
             span = slice(first, first + count)
             given = Rows(hidden, rows.values_R[span], rows.tokens_R[span], _take(rows.batch, span))

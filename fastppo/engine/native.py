@@ -12,6 +12,7 @@ from torch import Tensor
 from fastppo.engine.kernels import NormGradients, Where
 from fastppo.engine.spec import Block, Matrix, Spec
 from fastppo.engine.weights import Gradients, Piece, Weights
+from fastppo.kernels import _recycle
 from fastppo.kernels._backend import extension
 
 
@@ -31,6 +32,10 @@ def _shape(block: Block) -> tuple:
     return block.heads, block.activation, block.norm1.layer, block.norm2.layer, block.down.inputs, block.down.outputs
 
 
+# a rollout's pages are given back before learning where they are so many times larger than what is kept for backward
+SPARE = 4
+
+
 class Room(NamedTuple):
     """Memory of one pass. x_ND: float32, the first block's input, to be filled. last_RD, add_RD: their sum is the last's output."""
 
@@ -44,17 +49,19 @@ class Room(NamedTuple):
 
 
 class Memory:
-    """Bytes that passes share one after the other; fresh ones would cost page faults."""
+    """Bytes that passes share one after the other, and with other stages; fresh ones would cost page faults.
+
+    SCRATCH is the body's until its pass is over and the head's from there to its end.
+    """
 
     def __init__(self):
         self._held: dict[str, Tensor] = {}
 
     def take(self, name: str, count: int) -> Tensor:
-        held = self._held.get(name)
-        if held is None or held.numel() < count:
-            self._held[name] = None  # freed before the larger one is made
-            self._held[name] = held = torch.empty(count, dtype=torch.uint8)
-        return held[:count]
+        if name not in self._held or self._held[name].numel() < count:
+            self._held.pop(name, None)  # freed before the larger one is made
+            self._held[name] = _recycle.of_stage(name, (count,), torch.uint8)
+        return self._held[name][:count]
 
 
 class Native:
@@ -85,7 +92,10 @@ class Native:
     def room(self, N: int, at_R: Tensor, keep: bool) -> Room:
         one, scratch, x2 = self._run.bytes(N)
         R, D, count = len(at_R), len(self.spec.norm.weight_D), len(self.spec.blocks) if keep else 1
-        blocks, scratch = self._memory.take("blocks", one * count), self._memory.take("scratch", scratch)
+        if keep:
+            _recycle.release_over(_recycle.PAGES_OR_ACTIVATIONS, SPARE * one * count)
+        blocks = self._memory.take(_recycle.PAGES_OR_ACTIVATIONS, one * count)
+        scratch = self._memory.take(_recycle.SCRATCH, scratch)
         last = one * (count - 1) + x2
         x_ND = blocks[: N * D * 4].view(torch.float32).view(N, D)
         last_RD = blocks[last : last + R * D * 4].view(torch.float32).view(R, D)

@@ -12,6 +12,7 @@ from torch import fx
 from fastppo.attention.paged import KVCache
 from fastppo.generation.memory import free_memory
 from fastppo.generation.row_program import KINDS, Op, Program
+from fastppo.kernels import _recycle
 from fastppo.kernels._backend import extension
 from fastppo.kernels.paged_attention import DTYPE_CODES
 
@@ -90,9 +91,14 @@ class DecodeProgram:
         return Drawn(tokens_SB, counts_B, numbers_3SB, hidden_SBD)
 
     def close(self) -> None:
-        """The rollout is over: much memory is given back, little waits for the next rollout's weights."""
-        if self._program.packed_bytes > free_memory(torch.device("cpu")) // 8:
-            self._program.release()
+        """The rollout is over: the weights' memory is the next stage's; much of it is given back."""
+        packed = sum(x.nbytes for x in self._packed.values())
+        self._native = None
+        self._packed.clear()
+        self._keep.clear()
+        if packed > free_memory(torch.device("cpu")) // 8:
+            self._program.workspace = None
+            _recycle.release(_recycle.WEIGHTS_OR_GRADIENTS)
 
     def _tuple(self, op: Op, cache: KVCache, layer: int | None) -> tuple:
         mode, f, p, q = op.mode, op.f, 0, 0
@@ -124,18 +130,16 @@ class DecodeProgram:
         return torch.bfloat16 in (self.weights, self._constants[node].dtype)
 
     def _room_for_packed(self) -> dict[fx.Node, torch.Tensor]:
-        """Where each packed matrix goes: one after the other in memory that the rollout before may have left."""
+        """Where each packed matrix goes: one after the other in memory that the stage before may have left."""
         places: dict[fx.Node, torch.Tensor] = {}
         nodes = dict.fromkeys(op.p for op in self._program.ops if op.kind == "linear")
         for half in (False, True):
             mine = [node for node in nodes if self._is_half(node) == half]
             sizes = [extension().packed_size(*reversed(self._constants[node].shape)) for node in mine]
-            memory = self._program.packed.get(half)
-            if sizes and (memory is None or len(memory) != sum(sizes)):
-                memory = torch.empty(sum(sizes), dtype=torch.bfloat16 if half else torch.float32)
-                extension().ask_for_huge_pages(memory.data_ptr(), memory.nbytes)
-                self._program.packed[half] = memory
-            places |= zip(mine, memory.split(sizes) if sizes else (), strict=True)
+            if sizes:
+                dtype = torch.bfloat16 if half else torch.float32
+                memory = _recycle.of_stage(_recycle.WEIGHTS_OR_GRADIENTS, (sum(sizes),), dtype)
+                places |= zip(mine, memory.split(sizes), strict=True)
         return places
 
     def _pack(self, node: fx.Node) -> tuple[int, int]:

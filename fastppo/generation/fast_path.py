@@ -12,14 +12,13 @@ import weakref
 import torch
 
 from fastppo.attention.layout import Packed
-from fastppo.attention.memory import give_back_pages
 from fastppo.attention.paged import PagedPrefill
 from fastppo.generation.decode_program import DecodeProgram
 from fastppo.generation.model_runner import ModelRunner
 from fastppo.generation.model_state import model_state
 from fastppo.generation.row_program import Program, Untraceable
 from fastppo.generation.trace import refuse_state, trace
-from fastppo.kernels import _backend
+from fastppo.kernels import _backend, _recycle
 
 log = logging.getLogger(__name__)
 CHECK_EVERY = 16
@@ -58,13 +57,13 @@ def program_for(runner: ModelRunner, weights: torch.dtype | None) -> DecodeProgr
     return None
 
 
-def give_back(model: torch.nn.Module, least_bytes: int) -> None:
-    """Free what waits for `model`'s next rollout: KV pages, memory between operations, and packed weights of at least so many bytes."""
-    programs = [program for program in _TRACES.get(model, {}).values() if isinstance(program, Program)]
-    packed = sum(program.packed_bytes for program in programs)
-    for program in programs:
-        program.release(packed=packed >= least_bytes)
-    give_back_pages()
+def give_back(model: torch.nn.Module) -> None:
+    """Free what waits for `model`'s next rollout, where the engine, which would use it in between, does not train it."""
+    for program in _TRACES.get(model, {}).values():
+        if isinstance(program, Program):
+            program.workspace = None
+    for slot in (_recycle.WEIGHTS_OR_GRADIENTS, _recycle.PAGES_OR_ACTIVATIONS):
+        _recycle.release(slot)
 
 
 def _trace(model) -> Program | str:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 # csrc/cpu/decode_program.cpp has the same lists
@@ -77,20 +76,9 @@ class Program:
     hidden: int
     logits: int
     layers: dict[int, int] = field(default_factory=dict)  # index of an attention op -> layer_idx
-    packed: dict[bool, torch.Tensor] = field(default_factory=dict)  # bf16 or not -> memory of the matrices
     workspace: Any = None  # the C++ side's, for values between operations
     _state: tuple | None = None  # of the model when the program last gave its logits
     _uses: int = 0  # since then
-
-    @property
-    def packed_bytes(self) -> int:
-        return sum(x.nbytes for x in self.packed.values())
-
-    def release(self, packed: bool = True) -> None:
-        """Give back the memory that waits for the next rollout."""
-        self.workspace = None
-        if packed:
-            self.packed.clear()
 
     def checked(self, state: tuple) -> None:
         """The program gave the model's own logits in this state (see model_state)."""

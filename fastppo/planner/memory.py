@@ -1,9 +1,12 @@
 """Bytes that one process of a PPO run holds, by what they are for and when.
 
-    always      weights, reference, optimizer; on a CPU small packed weights of the decode program
-    rollout     KV pages, the prompts' forward pass, a step's logits, under FSDP2 one model whole
-    scoring     a pass without gradient over FORWARD_TOKENS, the head's tile, under FSDP2 one model whole
+    always      weights, reference, optimizer
+    rollout     KV pages, on a CPU packed weights of the decode program, the prompts' forward pass, a step's logits, under FSDP2 one model whole
+    scoring     a pass without gradient over FORWARD_TOKENS, the head's tile, under FSDP2 one model whole; on a CPU what waits for training
     training    gradients, DDP's buckets, activations of a micro-batch, the head's chunk, under FSDP2 two gathered layers
+
+On a CPU the rollout's packed weights and pages wait for training: on the engine gradients and activations take their places, its own
+modules have them given back.
 
 The peak is `always` and the largest of the three. Suffixes: V vocabulary, D hidden.
 """
@@ -14,15 +17,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastppo.engine.engine import SCORED_TOKENS
+from fastppo.engine.native import SPARE
+from fastppo.kernels._recycle import OF_STAGE
 from fastppo.kernels.linear_logprob import TILE_BYTES
 from fastppo.kernels.linear_ppo_loss import CHUNK_BYTES
 from fastppo.planner.passes import Counted, Setting, count
-from fastppo.trainer.packed_path import GIVE_BACK_BYTES
 
 BLOCK = 16  # tokens of a KV page
 ROLLOUT_TOKENS = {"cpu": 1024, "cuda": 8192}  # prompt tokens read at a time
 MOST_DECODED = 256  # sequences decoded together
-FORWARD_TOKENS = 8192  # of a pass without gradient, where no budget is set
+FORWARD_TOKENS = 8192  # of a pass without gradient, where no budget is set; SCORED_TOKENS on the engine
 LATE_SCORED = 64  # the late trainer's local_rollout_forward_batch_size
 DDP_BUCKET = 32 << 20
 
@@ -109,9 +114,13 @@ class Planner:
         tokens = min(micro_tokens or self.job.micro_tokens or whole, whole)
         always = self._always()
         rollout = self._rollout(sum(always.values()))
-        return Plan(
-            always, {"rollout": rollout, "scoring": self._scoring(tokens), "training": self._training(tokens)}, tokens
-        )
+        pages = rollout["KV pages"]
+        stages = {
+            "rollout": rollout,
+            "scoring": self._scoring(tokens, pages),
+            "training": self._training(tokens, pages),
+        }
+        return Plan(always, stages, tokens)
 
     def largest(self, room: int) -> Plan | None:
         """The plan with the largest micro-batch of whole sequences within `room` bytes; None: not even one fits."""
@@ -161,8 +170,6 @@ class Planner:
             "reference": 0 if job.lora_rank is not None else self._share(held),
             "optimizer": self._share(2 * trained * self.backbones),
         }
-        if 0 < self._packed() < GIVE_BACK_BYTES:
-            parts["packed weights"] = self._packed()
         if job.other_bytes:
             parts["other"] = job.other_bytes
         return parts
@@ -174,9 +181,10 @@ class Planner:
         without = job.device != "cpu" or autocast or job.sharded
         return 0 if without else self.width * (p.matrices + p.head)
 
-    def _packed_now(self) -> dict[str, int]:
-        """Large ones live from a rollout to the end of scoring."""
-        return {"packed weights": self._packed()} if self._packed() >= GIVE_BACK_BYTES else {}
+    def _waiting(self, pages: int) -> dict[str, int]:
+        """What a CPU keeps of a rollout for training."""
+        found = {"packed weights": self._packed(), "KV pages": pages if self.job.device == "cpu" else 0}
+        return {name: x for name, x in found.items() if 0 < x <= OF_STAGE}
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +196,8 @@ class Planner:
         workspace = c.passes.rollout(read) if job.device == "cuda" else 0
         workspace += 4 * together * c.vocabulary * (3 if job.device == "cuda" else 1)  # logits, and the sampler's own
         parts = {"KV pages": min(pages, max(0, (self.memory - held - self._whole()) // 2)), "workspace": int(workspace)}
-        return parts | self._packed_now() | ({"one model whole": self._whole()} if job.sharded else {})
+        parts |= {"packed weights": self._packed()} if self._packed() else {}
+        return parts | ({"one model whole": self._whole()} if job.sharded else {})
 
     def _forward(self, tokens: int) -> float:
         """A pass without gradient."""
@@ -197,21 +206,23 @@ class Planner:
             return tokens * 4 * (6 * c.hidden + 2 * c.intermediate)
         return self.counted.passes.scoring(tokens)
 
-    def _scoring(self, micro_tokens: int) -> dict[str, int]:
+    def _scoring(self, micro_tokens: int, pages: int) -> dict[str, int]:
         job, c = self.job, self.counted
         everything = job.sequences * job.length
         if job.trainer == "late":
             tokens = min(LATE_SCORED, job.sequences) * job.length
+            tokens = min(tokens, max(SCORED_TOKENS, job.length)) if job.on_engine else tokens
         else:
-            tokens = min(micro_tokens if micro_tokens < job.mini_batch * job.length else FORWARD_TOKENS, everything)
+            most = SCORED_TOKENS if job.on_engine else FORWARD_TOKENS
+            tokens = min(micro_tokens if micro_tokens < job.mini_batch * job.length else most, everything)
         head = (
             min(TILE_BYTES[job.device], tokens * c.vocabulary * self.gathered_width)
             + tokens * c.hidden * self.gathered_width
         )
         parts = {"workspace": int(self._forward(tokens) + head)}
-        return parts | self._packed_now() | ({"one model whole": self._whole()} if job.sharded else {})
+        return parts | self._waiting(pages) | ({"one model whole": self._whole()} if job.sharded else {})
 
-    def _training(self, tokens: int) -> dict[str, int]:
+    def _training(self, tokens: int, pages: int) -> dict[str, int]:
         job = self.job
         trained = self._held(trained=True) * self.backbones
         parts = {"gradients": self._share(trained)}
@@ -223,6 +234,14 @@ class Planner:
         if job.sharded:
             parts["gathered layers"] = int(self._gathered())
         parts["activations and head"] = peak - parts["gradients"] - parts.get("gathered layers", 0)
+        if job.on_engine:
+            # what is larger than what takes its place
+            kept = self._activations(tokens)[0]
+            waiting = self._waiting(pages)
+            spare = {"packed weights": parts["gradients"], "KV pages": kept}
+            over = {name: int(x - spare[name]) for name, x in waiting.items() if x > spare[name]}
+            if over.get("KV pages", 0) <= (SPARE - 1) * kept:
+                parts |= over
         return parts
 
     def _most_in_training(self, tokens: int, gradients: int) -> float:

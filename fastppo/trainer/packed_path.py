@@ -12,6 +12,7 @@ import torch
 
 from fastppo import attention, determinism, distributed, flops, packed, update
 from fastppo.data import Experience
+from fastppo.engine.engine import SCORED_TOKENS
 from fastppo.generation.fast_path import give_back
 from fastppo.kernels.kl_reward import kl_reward
 from fastppo.metrics import Clock
@@ -21,10 +22,8 @@ from fastppo.trainer.padded_path import shape_rewards
 
 logger = logging.getLogger(__name__)
 
-# tokens of a packed pass without gradient, where the config sets no budget
+# tokens of a packed pass without gradient through a model's own modules, where the config sets no budget
 FORWARD_TOKENS = 8192
-# the rollout's packed weights stay while optimising where they are smaller: fresh pages would cost a small model more
-GIVE_BACK_BYTES = 64 * 2**20
 
 
 class PackedPath:
@@ -71,8 +70,9 @@ class PackedPath:
         t = self.trainer
         return self._engines.reference_model, t.optional_peft_ctx
 
-    def _budget(self) -> int:
-        return determinism.token_budget(self.trainer.config) or FORWARD_TOKENS
+    def _budget(self, engine=None) -> int:
+        most = FORWARD_TOKENS if engine is None else SCORED_TOKENS
+        return determinism.token_budget(self.trainer.config) or most
 
     def _score(self, acting, with_values: bool):
         model, context = acting
@@ -81,7 +81,7 @@ class PackedPath:
             engine = self._engines.of(model)
             if self.trainer.config.deterministic:
                 return determinism.score_tokens(model, self._sequences, with_values, engine)
-            return packed.score_tokens(model, self._sequences, self._budget(), with_values, engine)
+            return packed.score_tokens(model, self._sequences, self._budget(engine), with_values, engine)
 
         with context():
             return distributed.whole(self.trainer.accelerator, model, score)
@@ -124,7 +124,6 @@ class PackedPath:
     def optimise(self, batch: Experience) -> tuple[Experience, list[dict]]:
         """(the Experience that was learnt from, statistics): rollout log-probs that don't agree are recomputed first."""
         t = self.trainer
-        give_back(attention.unwrap(t.accelerator.unwrap_model(t.model)), GIVE_BACK_BYTES)
         automatic = t.config.old_logprobs == "auto" and batch.from_rollout
         learner = self._learner(batch, t.config.max_mismatch if automatic else None)
         shuffle = np.random.get_state()
@@ -154,6 +153,7 @@ class PackedPath:
             flat = learner.lay_flat(engine[0].spec.neighbours())
             with engine[0].started(engine[1], flat) as learner.engine:
                 return update.optimise(t.config, learner.learn, t._early_stop, rows, learner.foresee)
+        give_back(attention.unwrap(t.accelerator.unwrap_model(t.model)))
         with attention.install(t.model):
             return update.optimise(t.config, learner.learn, t._early_stop, rows, learner.foresee)
 

@@ -19,8 +19,9 @@ from torch import nn
 
 from fastppo import distributed
 from fastppo.engine.body import Inputs
+from fastppo.engine.engine import SCORED_TOKENS
 from fastppo.engine.spec import Spec
-from fastppo.experimental.ppo.engines import SCORED_TOKENS, Classifier
+from fastppo.experimental.ppo.engines import Classifier
 from fastppo.experimental.ppo.models import check_scorer
 from fastppo.packed_model import PackedModel
 from fastppo.packing import PackedBatch, pack

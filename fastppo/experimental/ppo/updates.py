@@ -17,7 +17,6 @@ from fastppo.experimental.ppo.engines import fused_of, readers
 from fastppo.experimental.ppo.rewards import Judged
 from fastppo.generation.fast_path import give_back
 from fastppo.packed import Sequences
-from fastppo.trainer.packed_path import GIVE_BACK_BYTES
 
 if TYPE_CHECKING:
     from fastppo.experimental.ppo.ppo_trainer import PPOTrainer
@@ -121,10 +120,12 @@ def prepare(trainer: "PPOTrainer", rollout: Rollout, scores_B: torch.Tensor) -> 
 def optimise(trainer: "PPOTrainer", experience: Experience, data: Sequences, number: int) -> learner.Learner:
     """args.num_ppo_epochs times over the batch, one optimizer step per mini-batch; the learner's `steps` tell of them."""
     args = trainer.args
-    give_back(attention.unwrap(trainer.policy_model), GIVE_BACK_BYTES)
+    fused = fused_of(trainer)
+    if fused is None:
+        give_back(attention.unwrap(trainer.policy_model))
     draw = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
     made = learner.Learner(trainer, data, experience)
-    with made.started(fused_of(trainer)):
+    with made.started(fused):
         for _ in range(args.num_ppo_epochs):
             order = torch.randperm(args.local_batch_size, generator=draw)
             for index in order.split(args.local_mini_batch_size):
