@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -44,6 +45,10 @@ def check_choice(name: str, value, choices) -> None:
     if value not in choices:
         wanted = ", ".join(map(repr, choices))
         raise ValueError(f"PPOConfig: {name} must be one of {wanted}; got {value!r}{nearest(value, choices)}")
+
+
+def _is_bool(value) -> bool:
+    return isinstance(value, int) and value in (0, 1)
 
 
 def _script_name() -> str:
@@ -134,6 +139,7 @@ class PPOConfig:
     def _apply_deprecated(self):
         if self.forward_batch_size is not None:
             self.mini_batch_size = self.forward_batch_size
+        self._check("optimize_cuda_cache", "None, True or False", lambda x: x is None or _is_bool(x))
         if self.optimize_cuda_cache is not None:
             if self.optimize_device_cache:
                 raise ValueError(
@@ -158,10 +164,17 @@ class PPOConfig:
         for name in positive:
             self._check(name, "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1)
         self._check("seed", "a whole number from 0 to 2**32 - 1", lambda x: isinstance(x, int) and 0 <= x < 2**32)
+        for each in fields(self):
+            if each.type is bool:
+                self._check(each.name, "True or False", _is_bool)
+            elif each.type == dict[str, Any]:
+                self._check(each.name, "a dictionary", lambda x: isinstance(x, Mapping))
         for name in ("gamma", "lam"):
             self._check(name, "between 0 and 1", lambda x: 0 <= x <= 1)
         for name in ("learning_rate", "cliprange", "cliprange_value", "vf_coef", "target_kl", "max_mismatch"):
             self._check(name, "at least 0", lambda x: x >= 0)
+        self._check("init_kl_coef", "None or at least 0", lambda x: x is None or x >= 0)
+        self._check("ratio_threshold", "above 0", lambda x: x > 0)
         for name in ("max_grad_norm", "score_clip", "max_tokens_per_micro_batch", "ddp_timeout"):
             self._check(name, "None or above 0", lambda x: x is None or x > 0)
         if self.deterministic and (self.old_logprobs == "rollout" or not self.packed):

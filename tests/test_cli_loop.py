@@ -1,6 +1,7 @@
 """The loop and the run's folder with a trainer made of paper: order, records, and every way a run can end."""
 
 import errno
+import io
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import torch
 from rich.console import Console
 
 from fastppo.cli.errors import RewardError, UserError
-from fastppo.cli.loop import LoopOptions, Prompt, Step, batches, run_loop
+from fastppo.cli.loop import LoopOptions, Prompt, Sample, Step, batches, run_loop
 from fastppo.cli.run_folder import RunFolder, read_metrics
 from fastppo.cli.screen import Screen, sparkline
 from fastppo.cli.session import Session
@@ -272,6 +274,18 @@ def test_sparkline_rises_with_its_values():
     assert len(sparkline(list(range(1000)))) <= 48
     nan, inf = float("nan"), float("inf")
     assert sparkline([0, nan, 3, inf]) == "▁█" and sparkline([nan]) == ""  # a run that diverges is still shown
+
+
+def test_the_screen_lets_go_of_old_samples():
+    """It kept every step's texts: 9 KB a step for as long as a run lasted."""
+    screen = Screen(9, "paper", Console(file=io.StringIO()))
+    first = Sample(PROMPTS[0], " r", 1.0)
+    gone = weakref.ref(first)
+    screen.step(Step(1, {"env/reward_mean": 1.0}, [first]))
+    del first
+    assert gone() is not None  # shown
+    screen.step(Step(2, {"env/reward_mean": 2.0}, []))
+    assert gone() is None and screen.curves["env/reward_mean"] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

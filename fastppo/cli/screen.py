@@ -64,7 +64,9 @@ class Screen:
     def __init__(self, total: int, title: str, console: Console | None = None, columns: Sequence[tuple] = COLUMNS):
         self.console = console or Console(highlight=False)
         self.columns, self.before = columns, 0  # before: steps that an earlier start did
-        self.total, self.title, self.steps, self.message = total, title, [], ""
+        self.total, self.title, self.message = total, title, ""
+        self.last: Step | None = None
+        self.curves: dict[str, list[float]] = {key: [] for key, *_ in columns}
         self.started = time.perf_counter()
         self.live = Live(console=self.console, refresh_per_second=8, transient=True, get_renderable=self.view)
 
@@ -77,14 +79,17 @@ class Screen:
         self.live.stop()
 
     def step(self, step: Step) -> None:
-        self.steps.append(step)
+        first, self.last = self.last is None, step
+        for key, values in self.curves.items():
+            if key in step.metrics:
+                values.append(step.metrics[key])
         if not self.console.is_terminal:
             told = [
                 f"{label} {shown(form, step.metrics[key])}" for key, label, form in self.columns if key in step.metrics
             ]
             if told:
                 self.console.print(f"step {step.number}/{self.total}  " + "  ".join(told), soft_wrap=True, markup=False)
-            if (step.number == self.total or len(self.steps) == 1) and (text := speed(step.metrics)):
+            if (step.number == self.total or first) and (text := speed(step.metrics)):
                 self.console.print(text, soft_wrap=True, markup=False)
 
     def notice(self, text: str) -> None:
@@ -96,7 +101,7 @@ class Screen:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def view(self) -> Panel:
-        done, seconds = self.steps[-1].number if self.steps else self.before, time.perf_counter() - self.started
+        done, seconds = self.last.number if self.last else self.before, time.perf_counter() - self.started
         now = done - self.before
         left = f", about {seconds / now * (self.total - done):.0f} s to go" if now > 0 else ""
         head = Table.grid(padding=(0, 2), expand=True)
@@ -107,17 +112,16 @@ class Screen:
         )
         numbers = Table.grid(padding=(0, 3))
         for key, label, form in self.columns:
-            values = [step.metrics[key] for step in self.steps if key in step.metrics]
-            if values:
+            if values := self.curves[key]:
                 numbers.add_row(
                     Text(label, style="dim"), shown(form, values[-1]), Text(sparkline(values), style="cyan")
                 )
         parts = [head, Text(), numbers]
-        if self.steps and (text := speed(self.steps[-1].metrics)):
+        if self.last and (text := speed(self.last.metrics)):
             unbroken = (part.replace(" ", "\u00a0") for part in text.split(" · "))
             parts += [Text(), Text(" · ".join(unbroken), style="dim")]
-        if self.steps and self.steps[-1].samples:
-            parts += [Text(), sample_text(self.steps[-1].samples[0])]
+        if self.last and self.last.samples:
+            parts += [Text(), sample_text(self.last.samples[0])]
         if self.message:
             parts += [Text(), Text(self.message, style="yellow")]
         return Panel(Group(*parts), title=self.title, title_align="left", border_style="dim", padding=(1, 2))
