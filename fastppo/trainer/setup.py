@@ -131,6 +131,7 @@ def complete_deepspeed_config(trainer) -> None:
         "gradient_clipping": config.max_grad_norm or 0.0,
         "train_micro_batch_size_per_gpu": config.mini_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "train_batch_size": "auto",  # accelerate multiplies
     }
     if not hasattr(
         plugin, "left_open"
