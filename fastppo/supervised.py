@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin,
 
 from fastppo.adam import in_one_call
 from fastppo.chat import load_chat_template, set_special_tokens
+from fastppo.distributed import together
 from fastppo.packed_model import PackedModel
 from fastppo.quantized import keep_differentiable, prepare_for_adapter
 from fastppo.run_folder import resolve
@@ -200,7 +201,9 @@ class PackedTrainer(BaseTrainer):
         middle of an epoch, would take one more step."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        return self._next_batches(epoch_iterator, num_batches, device)
+        with together(self.accelerator, "reading the next batches"):
+            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return self._next_batches(iter(batches), num_batches, device)
 
     def _next_batches(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         return super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import golden_cases
@@ -229,12 +230,24 @@ def late(name: str, folder: Path) -> tuple[dict, list[dict]]:
     if name == "late_fewer":
         drop_last_prompt(run)
     run.train()
+    found, logs = weights(run.accelerator, run._wrapper), late_logs(run)
     if name == "late_resume":
-        run = made()
-        run.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
-    own = ("eps", "epoch", "fastppo/")  # clocks, and what a process counts for itself
-    logs = [{k: v for k, v in line.items() if not k.startswith(own)} for line in run.state.log_history]
-    return weights(run.accelerator, run._wrapper), logs
+        again = made()
+        again.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
+        now = weights(again.accelerator, again._wrapper)
+        same = all(torch.equal(now[n], found[n]) for n in found) and written(late_logs(again)) == written(logs)
+        logs.append({"bitwise": same})
+    return found, logs
+
+
+def written(logs: list[dict]) -> str:
+    return json.dumps(logs, sort_keys=True)  # of lines that a checkpoint holds
+
+
+def late_logs(run) -> list[dict]:
+    """What was logged, without clocks and what a process counts for itself."""
+    own = ("eps", "epoch", "fastppo/", "time/")
+    return [{k: v for k, v in line.items() if not k.startswith(own)} for line in run.state.log_history]
 
 
 def drop_last_prompt(run) -> None:
@@ -262,19 +275,35 @@ def spoil_second_update(run) -> None:
     learner.Learner._forward, run.fused = forward, "the models' own modules"
 
 
-def supervised(name: str, folder: Path) -> tuple[dict, list[dict]]:
+def supervised_trainer(name: str, folder: Path, **options):
     import test_reward
     import test_sft
     from sft_cases import rows
 
-    module, data = (test_sft, rows("text")) if name == "sft" else (test_reward, rows("pairs"))
+    module, data = (test_sft, rows("text")) if name.startswith("sft") else (test_reward, rows("pairs"))
     torch.manual_seed(5)
-    options = {"per_device_train_batch_size": GLOBAL // WORLD, "max_steps": 3, "learning_rate": 3e-4}
-    run = module.trainer(folder / name, (data * GLOBAL)[: 2 * GLOBAL], **options)
-    run.train()
+    options |= {"per_device_train_batch_size": GLOBAL // WORLD, "learning_rate": 3e-4}
+    return module.trainer(folder / name, (data * GLOBAL)[: 2 * GLOBAL], **options)
+
+
+def supervised_logs(run) -> list[dict]:
     keep = ("loss", "grad_norm", "num_tokens", "entropy", "accuracy", "margin", "mean_token_accuracy")
-    logs = [{k: line[k] for k in keep if k in line} for line in run.state.log_history if "loss" in line]
-    return weights(run.accelerator, run.model), logs
+    return [{k: line[k] for k in keep if k in line} for line in run.state.log_history if "loss" in line]
+
+
+def supervised(name: str, folder: Path) -> tuple[dict, list[dict]]:
+    """Three steps; "resume": a new trainer goes on from the checkpoint after the second."""
+    saving = {"save_strategy": "steps", "save_steps": 2} if name.endswith("resume") else {}
+    run = supervised_trainer(name, folder, max_steps=3, **saving)
+    run.train()
+    found, logs = weights(run.accelerator, run.model), supervised_logs(run)
+    if name.endswith("resume"):
+        again = supervised_trainer(name, folder, max_steps=3)
+        again.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
+        now = weights(again.accelerator, again.model)
+        same = all(torch.equal(now[n], found[n]) for n in found) and written(supervised_logs(again)) == written(logs)
+        logs.append({"bitwise": same})
+    return found, logs
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -289,6 +318,21 @@ def failing_reward(folder: Path) -> None:
         return [0.0] * len(completions)
 
     late_cases.trainer(folder, value=False, reward=reward, per_device_train_batch_size=2).train()
+
+
+def failing_rows(name: str, folder: Path) -> None:
+    """Process 1's collator raises at the second step."""
+    run, calls = supervised_trainer(name, folder, max_steps=3), []
+    collate = run.data_collator
+
+    def failing(rows):
+        calls.append(rows)
+        if RANK == 1 and len(calls) == 2:
+            raise ValueError("a row without tokens")
+        return collate(rows)
+
+    run.data_collator = failing
+    run.train()
 
 
 def nan_stops(folder: Path) -> None:
@@ -331,6 +375,8 @@ def wait_for_the_end(folder: Path) -> None:
 
 
 FAILURES = {
+    "failing_sft": partial(failing_rows, "sft"),
+    "failing_reward_rows": partial(failing_rows, "reward"),
     "nan_stops": nan_stops,
     "failing_reward": failing_reward,
     "dying": lambda folder: step_after(lambda: os._exit(9), 300.0, folder),
