@@ -167,9 +167,8 @@ class SFTTrainer(PackedTrainer):
 
         def forward() -> Predictions:
             scores = predict(self._packed, self._head_reason, tokens_BT, batch, scored_N, targets)
-            if (
-                self._this_step_is_logged()
-            ):  # a second product with the head; ZeRO-3 gives the head back after this function
+            # a second product with the head, here because ZeRO-3 gives the head back after this function
+            if self._this_step_is_logged():
                 correct.append(scores.count_correct())
             return scores
 

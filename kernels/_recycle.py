@@ -60,9 +60,8 @@ def _empty(op, shape, dtype, most, make: Callable[[int], numpy.ndarray]) -> torc
     if buffer is None or buffer.size < bytes_needed or sys.getrefcount(buffer) > _FREE:
         buffer = None  # freed before the larger one is made
         buffer = make(bytes_needed)
-    tensor = (
-        torch.from_numpy(buffer)[:bytes_needed].view(dtype).view(shape)
-    )  # refers to the array as long as a view of it lives
+    # refers to the array as long as a view of it lives
+    tensor = torch.from_numpy(buffer)[:bytes_needed].view(dtype).view(shape)
     _kept[op] = buffer
     return tensor
 

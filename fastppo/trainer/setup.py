@@ -133,9 +133,8 @@ def complete_deepspeed_config(trainer) -> None:
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "train_batch_size": "auto",  # accelerate multiplies
     }
-    if not hasattr(
-        plugin, "left_open"
-    ):  # the plugin is every trainer's of this process: what one fills in binds no other
+    # the plugin is every trainer's of this process: what one fills in binds no other
+    if not hasattr(plugin, "left_open"):
         open_values = {"gradient_accumulation_steps": ("auto", 1)}  # 1 is what accelerate writes unasked
         plugin.left_open = [n for n in wanted if options.get(n, "auto") in open_values.get(n, ("auto",))]
     options |= {name: wanted[name] for name in plugin.left_open}
