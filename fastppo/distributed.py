@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fastppo import zero
+from fastppo.gradients import FlatGradients
 from fastppo.score import NonFinite
 
 if TYPE_CHECKING:
@@ -154,6 +155,12 @@ def backward(accelerator: "Accelerator", loss: torch.Tensor, last: bool) -> None
         zero.backward(accelerator, loss, last)
     else:
         accelerator.backward(loss)
+
+
+def add_up(flat: FlatGradients) -> None:
+    """Each .grad to its sum over processes, as a part of `flat`. Every process must call it."""
+    flat.take()
+    torch.distributed.all_reduce(flat.whole)
 
 
 def reduce_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 << 20) -> None:

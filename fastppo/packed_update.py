@@ -220,8 +220,7 @@ class PackedLearner:
             )
             with distributed.named("the gradients of a mini-batch"):
                 if self.flat is not None:
-                    self.flat.take()
-                    torch.distributed.all_reduce(self.flat.whole)
+                    distributed.add_up(self.flat)
                 numbers = read()
             stats = numbers[:, : len(sums) * len(STATS)].view(-1, len(sums), len(STATS))
             results = [r._replace(sums=PPOStats(tuple(stats[:, i]))) for i, r in enumerate(results)]
