@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 import fastppo
-from fastppo.distributed import fsdp_units
+from fastppo.distributed import fsdp_units, kind
+from fastppo.experimental.ppo.engines import Fused
 
 GLOBAL, MINI = 8, 4  # sequences of a step and of a mini-batch over all processes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -42,6 +43,20 @@ def in_order():
         yield
     finally:
         np.random.permutation = real
+
+
+@contextmanager
+def evens_first():
+    """Instead of a random order, also of a process's own rows: its mini-batches are its share of one process's."""
+
+    def order(count: int, generator=None) -> torch.Tensor:
+        return torch.cat([torch.arange(0, count, 2), torch.arange(1, count, 2)])
+
+    real, torch.randperm = torch.randperm, order
+    try:
+        yield
+    finally:
+        torch.randperm = real
 
 
 def cpu_fsdp2() -> None:
@@ -213,14 +228,21 @@ def late_trainer(folder: Path, value: bool = False, **options):
     return late_cases.trainer(folder, value=value, **options)
 
 
+TWO_MINIBATCHES = ("late_value", "late_fewer")
+
+
 def late(name: str, folder: Path) -> tuple[dict, list[dict]]:
-    """Three updates; "resume": two, then a new trainer goes on from the checkpoint; "late_fewer": rank 1 lacks a prompt."""
+    """Three updates; "resume": two, then a new trainer goes on from the checkpoint; "late_fewer": the last process lacks a prompt.
+
+    Also asserts that it ran on the engine, where it can.
+    """
 
     def made(**options):
         from peft import LoraConfig
 
         lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
         options |= {"peft_config": lora} if name == "late_lora" else {}
+        options |= {"num_mini_batches": 2} if name in TWO_MINIBATCHES else {}
         return late_trainer(folder / name, value=name == "late_value", whiten_rewards=name == "late_whiten", **options)
 
     skip = {"on_nonfinite": "skip"} if name == "late_nan" else {}
@@ -230,6 +252,8 @@ def late(name: str, folder: Path) -> tuple[dict, list[dict]]:
     if name == "late_fewer":
         drop_last_prompt(run)
     run.train()
+    whole = name not in ("late_lora", "late_nan") and kind(run.accelerator) in ("single", "ddp")
+    assert isinstance(run.fused, Fused) == whole, run.fused
     found, logs = weights(run.accelerator, run._wrapper), late_logs(run)
     if name == "late_resume":
         again = made()
@@ -392,7 +416,8 @@ def run_case(name: str, folder: Path) -> None:
         with in_order():
             found, logs = resumed(name, folder) if name.startswith("resume") else classic(name, folder)
     elif name.startswith("late"):
-        found, logs = late(name, folder)
+        with evens_first():
+            found, logs = late(name, folder)
     else:
         found, logs = supervised(name, folder)
     save_file(found, folder / f"{name}.{RANK}.safetensors")

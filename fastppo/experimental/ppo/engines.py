@@ -1,4 +1,4 @@
-"""The late trainer's scoring and optimisation on the engine (fastppo/engine): known models in float32 on a CPU, one process.
+"""The late trainer's scoring and optimisation on the engine (fastppo/engine): known models in float32 on a CPU, whole on each process.
 
 Suffixes: R response tokens of a pack, D hidden.
 """
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastppo import packed
+from fastppo import distributed, packed
 from fastppo.attention import unwrap
 from fastppo.engine import Engine, engine_for
 from fastppo.engine.body import Body, Inputs
 from fastppo.engine.engine import PROBE_TOLERANCE, SCORED_TOKENS, inputs_of, probe
 from fastppo.engine.spec import Spec, read
 from fastppo.experimental.ppo.learner import Reader
-from fastppo.gradients import for_one_stage
+from fastppo.gradients import FlatGradients, Neighbours, for_one_stage
 from fastppo.kernels._backend import extension
 from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions
 from fastppo.models.head import output_head
@@ -62,9 +62,10 @@ class SeparateValues(Classifier):
     _body: Body | None = None
 
     @contextlib.contextmanager
-    def started(self) -> Iterator[None]:
+    def started(self, flat: FlatGradients | None) -> Iterator[None]:
         spec = self.read()
-        self._body = Body(spec, torch.float32, train=True, flat=for_one_stage(spec.parameters(), spec.neighbours()))
+        flat = flat or for_one_stage(spec.parameters(), spec.neighbours())
+        self._body = Body(spec, torch.float32, train=True, flat=flat)
         try:
             yield
         finally:
@@ -99,12 +100,18 @@ class Fused:
         fits = self.policy.still_fits() and self.reference.still_fits()
         return fits and (self.separate is None or not isinstance(self.separate.read(), str))
 
+    def neighbours(self) -> Neighbours:
+        """FlatGradients', of both models."""
+        own = self.policy.spec.neighbours()
+        return own if self.separate is None else own + self.separate.read().neighbours()
+
     @contextlib.contextmanager
-    def started(self) -> Iterator["Fused"]:
+    def started(self, flat: FlatGradients | None = None) -> Iterator["Fused"]:
+        """flat: where the gradients of both models go."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.policy.started(torch.float32))
+            stack.enter_context(self.policy.started(torch.float32, flat))
             if self.separate is not None:
-                stack.enter_context(self.separate.started())
+                stack.enter_context(self.separate.started(flat))
             yield self
 
     def refresh(self) -> None:
@@ -125,8 +132,10 @@ class Fused:
 def fused_for(trainer: "PPOTrainer") -> Fused | str:
     """The trainer's models on the engine, or why they run their own modules."""
     accelerator, policy = trainer.accelerator, trainer.policy_model
-    if accelerator.device.type != "cpu" or accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
-        return "the engine is for one process on a CPU in float32"
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "no":
+        return "the engine is for CPUs, in float32"
+    if distributed.kind(accelerator) not in ("single", "ddp"):
+        return f"{distributed.kind(accelerator)} works through hooks of the models' own modules"
     if trainer.policy.full_logits:
         return trainer.policy.full_logits
     separate = None if trainer.value_model is None else SeparateValues(trainer.value_model)

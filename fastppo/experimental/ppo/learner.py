@@ -178,7 +178,7 @@ class Learner(PackedLearner):
         """learn() runs inside. engine: engines.Fused, or None for the models' own modules."""
         with contextlib.ExitStack() as stack:
             if engine is not None:
-                self.engine = stack.enter_context(engine.started())
+                self.engine = stack.enter_context(engine.started(self.lay_flat(engine.neighbours())))
             else:
                 for packed in {id(x): x for x in (self.late.policy.packed, self.late.value.packed)}.values():
                     stack.enter_context(packed.attention())
@@ -209,7 +209,7 @@ class Learner(PackedLearner):
 
     def _halve_budget(self, group: list[list[int]]) -> None:
         late = self.late
-        if late.micro_rows == 1 or self.trainer.is_distributed:
+        if late.micro_rows == 1:
             raise torch.OutOfMemoryError("PPOTrainer: out of memory on one sequence; shorten responses")
         late.micro_rows = -(-late.micro_rows // 2)
         logger.warning("out of memory: micro-batches have %d sequences from here on", late.micro_rows)

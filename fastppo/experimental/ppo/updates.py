@@ -124,13 +124,15 @@ def optimise(trainer: "PPOTrainer", experience: Experience, data: Sequences, num
     if fused is None:
         give_back(attention.unwrap(trainer.policy_model))
     draw = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
+    orders = [torch.randperm(args.local_batch_size, generator=draw) for _ in range(args.num_ppo_epochs)]
+    minibatches = [part.tolist() for order in orders for part in order.split(args.local_mini_batch_size)]
+    # beside others a process may have fewer prompts
+    groups = [[[row for row in part if row < len(data.tokens)]] for part in minibatches]
     made = learner.Learner(trainer, data, experience)
     with made.started(fused):
-        for _ in range(args.num_ppo_epochs):
-            order = torch.randperm(args.local_batch_size, generator=draw)
-            for index in order.split(args.local_mini_batch_size):
-                # beside others a process may have fewer prompts
-                made.steps += made.learn([[row for row in index.tolist() if row < len(data.tokens)]])
+        made.foresee(groups)
+        for group in groups:
+            made.steps += made.learn(group)
     distance = made.mismatch.mean
     if experience.from_rollout and distance > args.max_mismatch:
         logger.warning(
