@@ -77,6 +77,7 @@ SAD = set(
 OPENINGS = ["Once upon a time", "One day", "Lily", "Tom and his mom", "The little dog", "A big bear", "The cat"]
 OPENINGS += ["There was a boy named Tim", "The sun", "In the park", "Mom said", "Sara had a toy"]
 STOP, VOCABULARY = 3, 5000
+BATCH, RESPONSE = 16, 64  # of `speed`, where no response ends early
 
 
 def happiness(text: str) -> float:
@@ -122,6 +123,7 @@ class InTurn(TrainerCallback):
 
     def on_step_end(self, *_, **__):  # TRL's loop calls no on_step_begin
         found = {"wall_s": time.perf_counter() - self.began, "peak_mb": peak_mb(), "imports_mb": self.imports_mb}
+        found["tokens"] = BATCH * RESPONSE
         print(json.dumps(found), file=self.out, flush=True)
         self.wait()
 
@@ -159,8 +161,8 @@ def speed(package: str, spec: dict) -> None:
     ours, ragged = package != "trl", spec.get("ragged", False)
     args = module.PPOConfig(
         output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=4, gradient_accumulation_steps=4, num_mini_batches=4 if ours else 1,
-        num_ppo_epochs=4, total_episodes=16 * 1000, response_length=64, num_sample_generations=0,
+        per_device_train_batch_size=4, gradient_accumulation_steps=BATCH // 4, num_mini_batches=4 if ours else 1,
+        num_ppo_epochs=4, total_episodes=BATCH * 1000, response_length=RESPONSE, num_sample_generations=0,
         temperature=1.0, stop_token="eos" if ragged else None, **({"gradient_checkpointing": False} if ours else {}),
     )  # fmt: skip
     draw = torch.Generator().manual_seed(0)
