@@ -5,7 +5,6 @@ else, and `manifest.json`, written last, which lists each file's size and SHA-25
 name in the same folder, synced, then renamed: whatever kills the process leaves either the old set or the new one.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,11 +17,22 @@ from typing import Any
 
 import torch
 
-from fastppo.disk import CheckpointError, read_file, read_json, set_aside, sync_folder, told_as_checkpoint_error
+from fastppo.disk import (
+    CheckpointError,
+    check_step,
+    finish_removing,
+    make_folder,
+    parse_json,
+    read_file,
+    read_json,
+    remove,
+    set_aside,
+    sync_folder,
+    told_as_checkpoint_error,
+)
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_PART = r"[a-z_]+"
 _TEMPORARY = ".writing-"
 
 Parts = Mapping[str, Mapping[str, torch.Tensor]]
@@ -43,8 +53,9 @@ def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping
     """Write checkpoint `step` into `folder`, keep the newest `keep`, return the new checkpoint's path.
 
     Checkpoints of later steps belong to a course of the run that was left (it was resumed from an older one): they get
-    `set-aside-` before their names, so that nothing resumes from them. Raises CheckpointError when the disk is full, the folder cannot be written, or a value is no JSON; older
-    checkpoints are then untouched.
+    `set-aside-` before their names, so that nothing resumes from them. One whose files are missing or cut off does not count
+    among those kept. Raises CheckpointError when the disk is full, the folder cannot be written, or a value is no JSON;
+    older checkpoints are then untouched.
     """
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep must be at least 1; got {keep}")
@@ -53,7 +64,7 @@ def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping
     temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
     with told_as_checkpoint_error(target):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             _remove_leftovers(folder)
             temporary.mkdir()
             _write_files(temporary, step, parts, values)
@@ -64,8 +75,7 @@ def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    for old in sorted(_complete_names(folder), key=_step)[:-keep]:
-        shutil.rmtree(folder / old, ignore_errors=True)
+    _remove_old(folder, keep)
     return target
 
 
@@ -102,22 +112,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: format version {manifest.get('format_version')!r}, this fastppo reads {FORMAT_VERSION}"
         )
-    contents = {}
+    step, contents = check_step(path, manifest.get("step")), {}
     for name, wanted in _entries(path, manifest).items():
-        contents[name] = read_file(path / name)
+        contents[name] = read_file(path / name, wanted["bytes"])
         found = hashlib.sha256(contents[name]).hexdigest()
-        if len(contents[name]) != wanted["bytes"] or found != wanted["sha256"]:
+        if found != wanted["sha256"]:
             raise CheckpointError(
-                f"{path / name}: {len(contents[name])} bytes, SHA-256 {found[:12]}; the manifest says "
-                f"{wanted['bytes']} bytes, {wanted['sha256'][:12]}. The file is truncated or was changed"
+                f"{path / name}: SHA-256 {found[:12]}; the manifest says {wanted['sha256'][:12]}. "
+                "The file is truncated or was changed"
             )
+    values = parse_json(path / "values.json", contents.pop("values.json"))
     try:
-        tensors = {n.removesuffix(".safetensors"): load(data) for n, data in contents.items() if n != "values.json"}
+        tensors = {name.removesuffix(".safetensors"): load(data) for name, data in contents.items()}
         # clone: `load` gives views into the file's bytes, which are not aligned as torch's own memory is
         parts = {part: {name: t.clone() for name, t in group.items()} for part, group in tensors.items()}
-        values = json.loads(contents["values.json"])
-        step = int(manifest["step"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of fastppo: {error!r}") from error
     return Checkpoint(path, step, parts, values)
 
@@ -240,12 +249,37 @@ def _step(name: str) -> int:
 def _remove_leftovers(folder: Path) -> None:
     """Delete what a killed process of this folder left half-written (a live writer's folder carries a live pid)."""
     for entry in folder.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(ProcessLookupError, PermissionError, ValueError, OverflowError):
-            pid = int(entry.name.rsplit("-", 1)[-1])
-            os.kill(pid, 0)
-            if pid != os.getpid():
-                continue
-        shutil.rmtree(entry, ignore_errors=True)
+        pid = entry.name.rpartition("-")[2]
+        if not pid.isdecimal() or int(pid) == os.getpid() or not _lives(int(pid)):
+            shutil.rmtree(entry, ignore_errors=True)
+    finish_removing(folder)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    """Delete what is older than the `keep` newest ones whose files are all there in full length (reading them would take long)."""
+    whole = 0
+    for name in sorted(_complete_names(folder), key=_step, reverse=True):
+        if whole >= keep:
+            remove(folder / name)
+        whole += _has_its_files(folder / name)
+
+
+def _has_its_files(path: Path) -> bool:
+    try:
+        entries = _entries(path, read_json(path / "manifest.json"))
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in entries.items())
+    except (CheckpointError, OSError):
+        return False
 
 
 def _entries(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

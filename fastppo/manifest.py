@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastppo.checkpoint import FORMAT_VERSION
-from fastppo.disk import CheckpointError, read_json
+from fastppo.disk import CheckpointError, check_file, check_step, read_json
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 22
@@ -32,6 +32,7 @@ def check(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: format version {manifest.get('format_version')!r}, this fastppo reads {FORMAT_VERSION}"
         )
+    check_step(folder, manifest.get("step"))
     wanted = manifest.get("files")
     if not isinstance(wanted, Mapping) or not wanted:
         raise CheckpointError(f"{folder / MANIFEST}: its table of files is missing or damaged")
@@ -48,14 +49,15 @@ def check(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of all files but the manifest, relative to `folder`, with slashes."""
-    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    """Names of all files but the manifest, relative to `folder`, with slashes; of links to folders too, which lead out of it."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST)
 
 
 def _entry(path: Path) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     try:
+        check_file(path)
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)

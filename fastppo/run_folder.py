@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastppo.disk import CheckpointError, sync_folder, sync_tree
+from fastppo.disk import CheckpointError, finish_removing, make_folder, remove, sync_folder, sync_tree
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,14 +19,18 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WRITING, _BEFORE = ".writing-", ".before-"
+RESUME = "resume.json"  # what tells a checkpoint that fastppo wrote
 
 
 @contextmanager
 def whole_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` in one step, after everything was written and is on the disk."""
     temporary, before = (folder.with_name(prefix + folder.name) for prefix in (_WRITING, _BEFORE))
+    make_folder(folder.parent)
+    if before.exists() and not folder.exists():  # a run was killed between the two renames below
+        os.rename(before, folder)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         yield temporary
         sync_tree(temporary)
@@ -39,6 +43,14 @@ def whole_or_nothing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(before, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: str | Path) -> None:
+    """Delete what killed runs left of checkpoints half-written or half-deleted."""
+    for prefix in (_WRITING, _BEFORE):
+        for path in Path(output_dir).glob(f"{prefix}checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
+    finish_removing(Path(output_dir))
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -95,7 +107,8 @@ def _resolve(output_dir: str | Path, resume: str | bool | None) -> tuple[str | N
     from fastppo import manifest
 
     if resume not in (True, "auto"):
-        if resume and (Path(resume) / manifest.MANIFEST).exists():
+        # one of ours whose manifest is gone is none of transformers'
+        if resume and any((Path(resume) / name).exists() for name in (manifest.MANIFEST, RESUME)):
             manifest.check(Path(resume))
         return (str(resume), []) if resume else (None, [])
     passed_over = []
@@ -122,4 +135,4 @@ def remove_old(output_dir: str | Path, keep: int | None, best: str | Path | None
     old = [path for path in found[:-1] if best is None or path.resolve() != Path(best).resolve()]
     best_is_old = len(old) < len(found) - 1
     for path in old[: max(0, len(found) - max(keep, 1 + best_is_old))] if keep else ():
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)

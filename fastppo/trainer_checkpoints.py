@@ -23,13 +23,13 @@ from transformers.trainer_callback import ExportableState
 from fastppo import checkpoint as ckpt
 from fastppo import distributed, manifest, sharded_optimizer, zero
 from fastppo.disk import CheckpointError, read_json, set_aside, sync_tree, told_as_checkpoint_error
-from fastppo.run_folder import later_than, remove_old, whole_or_nothing
-from fastppo.trainer.state_checks import check_optimizer, check_random, tell_threads
+from fastppo.run_folder import RESUME, later_than, remove_leftovers, remove_old, whole_or_nothing
+from fastppo.trainer.state_checks import check_finite, check_optimizer, check_random, check_savable, tell_threads
 from fastppo.trainer.state_parts import everyones_random_state, fingerprint, type_name
 
 logger = logging.getLogger(__name__)
 
-RESUME, STATE = "resume.json", "trainer_state.json"
+STATE = "trainer_state.json"
 _PICKLED_ARGUMENTS = "training_args.bin"
 
 
@@ -75,6 +75,12 @@ class SafeCheckpoints:
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best and (Path(best) / manifest.MANIFEST).exists():
+            manifest.check(Path(best))
+        super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and is_ours(Path(checkpoint)):
             load_optimizer(self, read(Path(checkpoint)))
@@ -115,7 +121,9 @@ def save(
     parts, values = collect(trainer, model)
     values |= dict(more or {})
     with distributed.together(trainer.accelerator, "writing a checkpoint"):
+        check_finite(model.named_parameters())
         if args.should_save:
+            remove_leftovers(args.output_dir)
             with told_as_checkpoint_error(folder), whole_or_nothing(folder) as temporary:
                 write_model(temporary)
                 for name, group in {**parts, **(tensors or {})}.items():
@@ -132,28 +140,6 @@ def save(
             remove_old(args.output_dir, args.save_total_limit, trainer.state.best_model_checkpoint)
             if args.push_to_hub:
                 trainer._push_from_checkpoint(str(folder))
-
-
-def check_savable(optimizer: torch.optim.Optimizer) -> None:
-    """Raise CheckpointError now, or after the first step, which makes the state, where a checkpoint could not hold it."""
-
-    def check(state: Mapping[str, Any]) -> None:
-        try:
-            ckpt.split_tensors(state)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{type_name(optimizer)}: its {error}. Choose another optimizer, or train without its state in the checkpoints: "
-                "save_only_model=True (--save-only-model)."
-            ) from error
-
-    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if waiting:
-            waiting.clear()
-            check(optimizer.state_dict())
-
-    check({"param_groups": optimizer.state_dict()["param_groups"]})
-    waiting = [True]
-    optimizer.register_step_post_hook(after_step)
 
 
 def collect(trainer: Any, model: torch.nn.Module) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:

@@ -179,3 +179,21 @@ def test_without_tiles(monkeypatch):
 def test_wrong_sizes():
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         mm(torch.randn(300, 400), torch.randn(401, 500))
+
+
+@pytest.mark.skipif(_products._amx() is None, reason="this processor has no AMX tiles, or FASTPPO_AMX=0")
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (5, 0, 7), (0, 0, 7)])
+def test_no_rows_or_no_columns_are_nothing_to_do(sizes):
+    """mm() gives such products to torch: whoever calls the extension itself must not get a division by zero."""
+    out = torch.full((5, 5), 3.0)
+    _products._amx()((out.data_ptr(),) * 3 + (0,), (*sizes, 7, 7, 5), 1)
+    assert (out == 3).all()
+    assert mm(torch.ones(sizes[0], 7), torch.ones(7, sizes[1])).shape == sizes[:2]
+
+
+@pytest.mark.skipif(_products._amx() is None, reason="this processor has no AMX tiles, or FASTPPO_AMX=0")
+def test_sums_of_nothing_are_refused_by_the_tiles_and_zero_by_torch():
+    out = torch.full((5, 5), 3.0)
+    with pytest.raises(ValueError, match="product: K, the length of the sums, must be at least 1; got 0"):
+        _products._amx()((out.data_ptr(),) * 3 + (0,), (5, 5, 0, 1, 1, 5), 1)
+    assert (mm(torch.ones(5, 0), torch.ones(0, 5)) == 0).all()

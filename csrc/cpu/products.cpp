@@ -8,6 +8,8 @@
 // the result depends on its row of A, its column of B and K, in every bit.
 #include <algorithm>
 #include <array>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include <pybind11/stl.h>
@@ -241,6 +243,8 @@ void product(const std::array<uintptr_t, 4>& addresses, const std::array<int64_t
 #ifdef FASTPPO_AMX
   const auto flag = [&](int i) { return (flags >> i & 1) != 0; };
   const auto [M, N, K, a_stride, b_stride, out_stride] = sizes;
+  if (K < 1) throw std::invalid_argument("product: K, the length of the sums, must be at least 1; got " + std::to_string(K));
+  if (M < 1 || N < 1) return;  // no thread could be given a part of nothing
   const Factor a{reinterpret_cast<void*>(addresses[0]), a_stride, flag(0), flag(2), true, M, K};
   const Factor b{reinterpret_cast<void*>(addresses[1]), b_stride, flag(1), flag(2), false, N, K};
   const Result out{reinterpret_cast<void*>(addresses[2]), out_stride, M, N, flag(3), flag(5), reinterpret_cast<void*>(addresses[3]), flag(4)};

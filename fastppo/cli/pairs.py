@@ -9,6 +9,7 @@ from typing import Any
 from fastppo.chat import is_conversation
 from fastppo.cli.errors import UserError
 from fastppo.cli.prompts import load_rows
+from fastppo.disk import make_folder, write_whole
 
 Row = Mapping[str, Any]
 
@@ -85,7 +86,5 @@ def prompt_of(row: Row, words: int) -> dict[str, Any]:
 
 def write_rows(path: Path, rows: Sequence[Row], convert: Callable[[Row], Row]) -> None:
     lines = [json.dumps(convert(row), ensure_ascii=False, default=str) for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")  # a pipeline that was killed here finds all rows or no file
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    make_folder(path.parent)
+    write_whole(path, "\n".join(lines) + "\n")  # a pipeline that was killed here finds all rows or no file

@@ -3,9 +3,7 @@
 import contextlib
 import json
 import math
-import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +15,8 @@ import yaml
 from fastppo.cli.errors import UserError, disk_error
 from fastppo.cli.lock import hold
 from fastppo.cli.loop import Outcome, Sample, Step
-from fastppo.disk import disk_trouble
+from fastppo.disk import disk_trouble, write_whole
+from fastppo.run_folder import whole_or_nothing
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -70,7 +69,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             hold(self.path)
             old = self.path / METRICS
-            if old.exists() and old.stat().st_size and not overwrite:
+            begun = old.exists() and old.stat().st_size or any((self.path / CHECKPOINTS).glob("step-*"))
+            if begun and not overwrite:
                 raise UserError(
                     f"{self.path} already holds a run. Choose another --output-dir, or write over it with --overwrite."
                 )
@@ -83,10 +83,8 @@ class RunFolder:
         self.purge_step = step + 1
         with writing(self.path / METRICS):
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            new = self.path / f".{METRICS}"
-            new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             self.metrics.close()
-            os.replace(new, self.path / METRICS)
+            write_whole(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
             self.metrics = (self.path / METRICS).open("a", encoding="utf-8")
 
     def write_config(self, values: Mapping[str, Any]) -> None:
@@ -94,8 +92,8 @@ class RunFolder:
         from fastppo.cli.info import about
 
         with writing(self.path / "config.yaml"):
-            (self.path / "config.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
-            (self.path / "info.json").write_text(json.dumps(about(), indent=1), encoding="utf-8")
+            write_whole(self.path / "config.yaml", yaml.safe_dump(dict(values), sort_keys=False))
+            write_whole(self.path / "info.json", json.dumps(about(), indent=1))
 
     def write_step(self, step: Step) -> None:
         """One line of metrics.jsonl (NaN and infinity as null, which JSON has no word for) and the tensorboard events."""
@@ -121,8 +119,7 @@ class RunFolder:
             for name, samples in told.items()
         }
         with writing(self.path / "samples.json"):
-            text = json.dumps(rows, indent=1, ensure_ascii=False)
-            (self.path / "samples.json").write_text(text, encoding="utf-8")
+            write_whole(self.path / "samples.json", json.dumps(rows, indent=1, ensure_ascii=False))
 
     def write_curves(self, title: str) -> None:
         from fastppo.cli.curves import draw
@@ -131,19 +128,11 @@ class RunFolder:
             draw(read_metrics(self.path), self.path / "curves.png", title)
 
     def save_policy(self, model: Any, tokenizer: Any, name: str = "policy") -> Path:
-        """Save under a temporary name, then rename: a policy folder is whole or not there."""
+        """A policy folder is whole or not there."""
         target = self.path / name
-        with writing(target):
-            temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self.path))
-            try:
-                model.save_pretrained(str(temporary))
-                tokenizer.save_pretrained(str(temporary))
-                temporary.chmod(0o755)  # mkdtemp's folders are their owner's alone
-                shutil.rmtree(target, ignore_errors=True)
-                os.rename(temporary, target)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+        with writing(target), whole_or_nothing(target) as folder:
+            model.save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
         return target
 
     def close(self) -> None:
@@ -154,9 +143,11 @@ class RunFolder:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """The lines of a run's metrics.jsonl; what a crash cut off or left garbled is left out."""
     rows = []
-    for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows

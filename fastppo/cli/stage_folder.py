@@ -12,13 +12,15 @@ from typing import Any
 
 import yaml
 
-from fastppo.cli.errors import UserError
+from fastppo.cli.errors import UserError, one_line
 from fastppo.cli.lock import hold
 from fastppo.cli.run_folder import METRICS, read_metrics, writing
+from fastppo.disk import CheckpointError, read_json, write_whole
 from fastppo.run_folder import whole_or_nothing
 
 CONFIG, RESULTS, SAMPLES, CURVES = "config.yaml", "results.json", "samples.json", "curves.png"
-OURS = (CONFIG, RESULTS, SAMPLES, CURVES, METRICS, "info.json", "model", "adapter", "data")
+OURS = (RESULTS, SAMPLES, CURVES, METRICS, "info.json", "model", "adapter", "data", CONFIG)
+SAVED = ("checkpoint-*", "set-aside-checkpoint-*", ".*-checkpoint-*")
 
 
 class StageFolder:
@@ -42,7 +44,9 @@ class StageFolder:
 
     def clear(self) -> None:
         """Remove what a run writes; other files stay."""
-        for path in [*(self.path / name for name in OURS), *self.path.glob("checkpoint-*")]:
+        # checkpoints first and the options last: a start that is killed on the way leaves none that a run with others takes
+        saved = (found for pattern in SAVED for found in self.path.glob(pattern))
+        for path in [*saved, *(self.path / name for name in OURS)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def refuse_another_run(self, values: Mapping[str, Any]) -> None:
@@ -51,7 +55,7 @@ class StageFolder:
             if (self.path / METRICS).is_file():
                 raise UserError(f"{self.path} holds another run. Choose another --output-dir, or use --overwrite.")
             return
-        before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        before = options_of(file)
         changed = [name for name in {**before, **values} if before.get(name) != values.get(name)]
         if changed and not self.has_progress():
             self.clear()  # of a start that failed, at a wrong path perhaps: nothing is lost
@@ -70,15 +74,15 @@ class StageFolder:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """Of a finished run; else None."""
-        file = self.path / RESULTS
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        """Of a finished run; else None, as of one whose file is garbled: its last steps are done again."""
+        try:
+            return read_json(self.path / RESULTS)
+        except CheckpointError:
+            return None
 
     def write_text(self, name: str, text: str) -> None:
         with writing(self.path / name):
-            temporary = self.path / f".{name}.new"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
+            write_whole(self.path / name, text)
 
     def write_json(self, name: str, values: Any) -> None:
         self.write_text(name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
@@ -119,6 +123,19 @@ class StageFolder:
                 model.save_pretrained(str(folder))
                 trainer.processing_class.save_pretrained(str(folder))
         return target
+
+
+def options_of(file: Path) -> dict[str, Any]:
+    """What a run's config.yaml holds. Raises UserError."""
+    try:
+        read = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        if not isinstance(read, dict):
+            raise ValueError(f"'name: value' lines were wanted, got {type(read).__name__}")
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{file} is damaged: {one_line(error)}. Choose another --output-dir, or start anew there with --overwrite."
+        ) from error
+    return read
 
 
 def line_of(logs: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fastppo import checkpoint as ckpt
 from fastppo.checkpoint import Checkpoint, CheckpointError
 from fastppo.trainer import state_parts
 from fastppo.trainer.columns import Batches
-from fastppo.trainer.state_checks import KIND, check_optimizer, check_random, check_trainer, tell_changes
+from fastppo.trainer.state_checks import KIND, check_finite, check_optimizer, check_random, check_trainer, tell_changes
 from fastppo.trainer.state_parts import base_name, config_values, frozen, random_state, saved_tensors, type_name, whole
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def collect(trainer, extra: Any) -> tuple[dict[str, dict[str, torch.Tensor]], di
     scheduler = None if trainer.lr_scheduler is None else ckpt.split_tensors(trainer.lr_scheduler.state_dict())
     random_tensors, random_values = random_state(trainer)
     policy = {name: whole(tensor.detach()) for name, tensor in saved_tensors(trainer).items()}
+    check_finite((name, policy[name]) for name in state_parts.trained(trainer))
     parts = {"policy": policy, "optimizer": optimizer_tensors, "random": random_tensors}
     if scheduler and scheduler[0]:
         parts["scheduler"] = scheduler[0]

@@ -1,7 +1,8 @@
 """Whether a checkpoint fits a classic trainer: everything is checked before anything is changed."""
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ import torch
 from fastppo import checkpoint as ckpt
 from fastppo.checkpoint import Checkpoint, CheckpointError
 from fastppo.trainer.columns import Batches
-from fastppo.trainer.state_parts import config_values, counters, frozen, running, saved_tensors, type_name
+from fastppo.trainer.state_parts import config_values, counters, frozen, running, saved_tensors, trained, type_name
 
 logger = logging.getLogger("fastppo.trainer.state")
 
 KIND = "classic-ppo"
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 # fields that say where and how a run runs, not what it computes
 _FREE_FIELDS = (
     "steps",
@@ -48,6 +50,42 @@ _SCALARS = {
 }
 
 
+def check_savable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise CheckpointError now, or after the first step, which makes the state, where a checkpoint could not hold it."""
+
+    def check(state: Mapping[str, Any]) -> None:
+        try:
+            ckpt.split_tensors(state)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{type_name(optimizer)}: its {error}. Choose another optimizer, or train without its state in the checkpoints: "
+                "save_only_model=True (--save-only-model)."
+            ) from error
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if waiting:
+            waiting.pop()
+            check(optimizer.state_dict())
+
+    check({"param_groups": optimizer.state_dict()["param_groups"]})
+    waiting = [
+        True,
+        True,
+    ]  # twice: torch may call it after super().step() already, before a subclass made its own state
+    optimizer.register_step_post_hook(after_step)
+
+
+def check_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise CheckpointError for NaN and infinity among trained weights: saving them would push out what can go on."""
+    for name, parameter in parameters:
+        mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if mine.dtype in _FLOATS and not mine.isfinite().all():
+            raise CheckpointError(
+                f"the weight {name!r} holds NaN or infinity: the run has diverged. Go on from an older checkpoint, "
+                "with a lower learning rate or max_grad_norm set."
+            )
+
+
 def check_trainer(trainer, saved: Checkpoint) -> None:
     values, where = saved.values, saved.path
     if not isinstance(values, dict) or values.get("kind") != KIND:
@@ -71,7 +109,13 @@ def check_trainer(trainer, saved: Checkpoint) -> None:
                 f"{where}: {words} is not the saved run's ({values['base'] or 'unnamed'}); start from the same one"
             )
     ckpt.check_tensors(f"{where}: policy", saved.parts["policy"], saved_tensors(trainer))
+    try:
+        check_finite((name, saved.parts["policy"][name]) for name in trained(trainer))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     _check_values(trainer, values, where)
+    if (done := values["counters"]["_steps_done"]) != saved.step:
+        raise CheckpointError(f"{where}: the checkpoint of step {saved.step} holds a run of {done} steps")
 
 
 def _check_values(trainer, values: Mapping[str, Any], where) -> None:
@@ -84,7 +128,7 @@ def _check_values(trainer, values: Mapping[str, Any], where) -> None:
     for key, (wanted, holds) in _SCALARS.items():
         if not holds(values[key]):
             raise CheckpointError(f"{where}: values.json: {key!r} must be {wanted}; got {values[key]!r:.80}")
-    if not _is_number(values["kl"]["value"]):
+    if not _is_number(values["kl"]["value"]) or not math.isfinite(values["kl"]["value"]):
         raise CheckpointError(
             f"{where}: values.json: the KL coefficient must be a number; got {values['kl']['value']!r}"
         )

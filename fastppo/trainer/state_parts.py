@@ -33,6 +33,11 @@ def saved_tensors(trainer) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in persistent}
 
 
+def trained(trainer) -> list[str]:
+    """Names of the policy's parameters among `saved_tensors`; buffers may hold infinity (a mask's)."""
+    return [name for name, p in unwrapped(trainer).named_parameters() if p.requires_grad or not trainer.is_peft_model]
+
+
 def _buffers(module) -> list[str]:
     return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
 
