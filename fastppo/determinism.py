@@ -11,7 +11,8 @@ The number of threads must stay what it is: sums over threads are part of the ro
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ from fastppo.packed import Pack, Sequences, head_for, hidden_states, pack, value
 
 # tokens of a micro-batch: below any sequence's, so that each is one of its own
 ONE_SEQUENCE = 1
+
+
+def check(kind: str, why_padded: str | None) -> None:
+    """ValueError where the late trainer cannot keep it. kind: distributed.kind's; why_padded: as PackedModel's, of the policy."""
+    if kind not in ("single", "ddp"):
+        raise ValueError(f"PPOConfig: deterministic=True is for one process and DDP; got {kind}")
+    if why_padded:
+        raise ValueError(f"PPOConfig: deterministic=True needs packed sequences, which can't be had here: {why_padded}")
 
 
 def generator_options(config) -> dict[str, Any]:
@@ -54,32 +63,39 @@ def algorithms(config) -> Iterator[None]:
 
 
 @torch.no_grad()
-def score_tokens(model, batch: Sequences, with_values: bool, engine=None):
-    """packed.score_tokens with the numbers of the training pass: [B, T] log-probs and values (None), 0 where none counts.
-
-    engine: (Engine, dtype) or None, as the training pass has it.
-    """
+def score_each(batch: Sequences, with_values: bool, read: Callable[[Pack], tuple[torch.Tensor, torch.Tensor | None]]):
+    """([B, T] log-probs, values or None), 0 where none counts. read(pack) -> both [R], of one sequence each time."""
     logprobs = torch.zeros(batch.shape, device=batch.mask_BT.device)
     values = torch.zeros_like(logprobs) if with_values else None
-    with attention.install(model) if engine is None else engine[0].started(engine[1]):
-        for row in range(len(batch.tokens)):
-            packed = pack(batch, [row], only_counting=True)
-            if len(packed.flat_R) == 0:
-                continue
-            if engine is None:
-                logprob_R, values_R = _score(model, packed, with_values)
-            else:
-                logprob_R, values_R = engine[0].score_as_learnt(packed, with_values)
-            logprobs.view(-1)[packed.flat_R] = logprob_R
-            if with_values:
-                values.view(-1)[packed.flat_R] = values_R
+    for row in range(len(batch.tokens)):
+        packed = pack(batch, [row], only_counting=True)
+        if len(packed.flat_R) == 0:
+            continue
+        logprob_R, values_R = read(packed)
+        logprobs.view(-1)[packed.flat_R] = logprob_R
+        if with_values:
+            values.view(-1)[packed.flat_R] = values_R
     return logprobs, values
+
+
+def score_tokens(model, batch: Sequences, with_values: bool, engine=None):
+    """packed.score_tokens with the numbers of the training pass. engine: (Engine, dtype) or None, as that pass has it."""
+    if engine is None:
+        with attention.install(model):
+            return score_each(batch, with_values, partial(_score, model, with_values=with_values))
+    with engine[0].started(engine[1]):
+        return score_each(batch, with_values, partial(engine[0].score_as_learnt, with_values=with_values))
 
 
 def _score(model, packed: Pack, with_values: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     hidden_RD = hidden_states(model, packed)
-    zeros_R = torch.zeros(len(packed.flat_R), device=hidden_RD.device)
-    values_R = value_head(model, hidden_RD) if with_values else zeros_R
-    inputs = hidden_RD, values_R, head_for(model, hidden_RD), packed.targets_R
-    output = linear_ppo_loss(*inputs, PPOBatch(*[zeros_R] * 4), PPOLossOptions(), normalizer=1.0)
+    values_R = value_head(model, hidden_RD) if with_values else None
+    head, data = head_for(model, hidden_RD), no_data(packed)
+    zeros_R = data.old_values_N if values_R is None else values_R
+    output = linear_ppo_loss(hidden_RD, zeros_R, head, packed.targets_R, data, PPOLossOptions(), normalizer=1.0)
     return output.logprob_N, values_R
+
+
+def no_data(packed: Pack) -> PPOBatch:
+    """What the loss of a pack compares with where its log-probs alone are wanted."""
+    return PPOBatch(*[torch.zeros(len(packed.flat_R), device=packed.flat_R.device)] * 4)

@@ -112,6 +112,10 @@ class Generator:
             if self._layers is None and not params.slow:
                 self._layers = probe(inner)
             why = params.slow or (self._layers if isinstance(self._layers, str) else None)
+            if why is not None and self.batch_invariant:
+                raise ValueError(
+                    f"generate: deterministic=True can't be kept with model.generate, which is needed because {why}"
+                )
             if why is not None:
                 self._say(why)
                 return fallback.generate(

@@ -85,6 +85,12 @@ class SeparateValues(Classifier):
     def backward(self) -> None:
         self._body.backward(self._tape, self._leaf_RD.grad)
 
+    @torch.no_grad()
+    def score_as_learnt(self, pack: packed.Pack) -> torch.Tensor:
+        """[R], inside `started`, in the very numbers that learn() would find now."""
+        self.forward(pack)
+        return self.model.score(self._leaf_RD)[:, 0]
+
     def score_pack(self, pack: packed.Pack) -> torch.Tensor:
         """[R]"""
         return self.score(self.read(), inputs_of(pack, 1))
@@ -128,6 +134,11 @@ class Fused:
             self.separate.backward()
         return done
 
+    def score_as_learnt(self, pack: packed.Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probs [R], values [R]), inside `started`, in the very numbers that learn() would find now."""
+        logprob_R, values_R = self.policy.score_as_learnt(pack, with_values=self.separate is None)
+        return logprob_R, values_R if self.separate is None else self.separate.score_as_learnt(pack)
+
 
 def fused_for(trainer: "PPOTrainer") -> Fused | str:
     """The trainer's models on the engine, or why they run their own modules."""
@@ -167,14 +178,19 @@ def fused_of(trainer: "PPOTrainer") -> Fused | None:
 def readers(trainer: "PPOTrainer") -> tuple[Reader, Reader, Reader]:
     """Log-probs of the policy, of the reference, values."""
     value = Reader(trainer.value, trainer.value.packed.attention)
+    as_learnt = trainer.args.deterministic
     if fused := fused_of(trainer):
         policy, reference = (
-            _reader(partial(_logprob, engine), partial(engine.scoring, torch.float32))
+            _reader(partial(_logprob, engine, as_learnt), partial(context, torch.float32))
             for engine in (fused.policy, fused.reference)
+            for context in [engine.started if as_learnt else engine.scoring]
         )
         return policy, reference, value if fused.separate is None else _reader(fused.separate.score_pack)
     policy, reference = (
-        Reader(partial(scored.logprob, temperature=trainer._score_temperature), scored.packed.attention)
+        Reader(
+            partial(scored.logprob, temperature=trainer._score_temperature, as_learnt=as_learnt),
+            scored.packed.attention,
+        )
         for scored in (trainer.policy, trainer.reference or trainer.policy)
     )
     return policy, reference, value
@@ -184,5 +200,5 @@ def _reader(read: Callable[[packed.Pack], torch.Tensor], context: Callable = con
     return Reader(read, context, SCORED_TOKENS)
 
 
-def _logprob(engine: Engine, pack: packed.Pack) -> torch.Tensor:
-    return engine.score(pack, with_values=False)[0]
+def _logprob(engine: Engine, as_learnt: bool, pack: packed.Pack) -> torch.Tensor:
+    return (engine.score_as_learnt if as_learnt else engine.score)(pack, with_values=False)[0]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from fastppo import distributed, zero
+from fastppo import determinism, distributed, zero
 from fastppo.data import Experience
+from fastppo.gradients import FlatGradients
 from fastppo.kernels.linear_logprob import linear_logprob
 from fastppo.kernels.linear_ppo_loss import linear_ppo_loss
 from fastppo.kernels.logprob import logprob
-from fastppo.kernels.ppo_loss import PPOBatch, PPOStats, ppo_loss
+from fastppo.kernels.ppo_loss import PPOBatch, PPOLossOptions, PPOStats, ppo_loss
 from fastppo.models.head import checked_output_head, output_head
 from fastppo.packed import Pack, Sequences, pack, plan
 from fastppo.packed_model import PackedModel
@@ -66,8 +67,12 @@ class Policy:
         run = self.packed.logits if self.full_logits else self.packed.hidden
         return run(*padded(packed)).index_select(0, packed.at_R)
 
-    def logprob(self, packed: Pack, temperature: float) -> torch.Tensor:
+    def logprob(self, packed: Pack, temperature: float, as_learnt: bool = False) -> torch.Tensor:
+        """[R]; as_learnt: in the very numbers of loss()."""
         states, targets_R = self.states(packed), packed.targets_R
+        if as_learnt:
+            data = determinism.no_data(packed)
+            return self.loss(states, data.old_values_N, targets_R, data, PPOLossOptions(), temperature, 1.0)[2]
         if self.full_logits:
             return logprob(states, targets_R, temperature=temperature).logprob_N
         return linear_logprob(states, output_head(self.packed.model), targets_R, temperature=temperature).logprob_N
@@ -82,6 +87,16 @@ class Policy:
         scores = logprob(states, targets_R, temperature=temperature)
         out = ppo_loss(scores.logprob_N, values_R, data, options, entropy_N=scores.entropy_N, normalizer=normalizer)
         return out.loss, out.stats, scores.logprob_N.detach()
+
+
+def loss_of(trainer: "PPOTrainer", packed: Pack, data: PPOBatch, normalizer: float) -> Any:
+    """(loss, PPOStats, log-probs [R], values [R]) of the trainer's models, through their own modules."""
+    with trainer.accelerator.autocast():
+        states = trainer.policy.states(packed)
+        values_R = trainer.value(packed, states)
+        options, temperature = loss_options(trainer.args), trainer._score_temperature
+        found = trainer.policy.loss(states, values_R, packed.targets_R, data, options, temperature, normalizer)
+    return *found, values_R
 
 
 class SharedValue:
@@ -137,6 +152,29 @@ def score(reader: Reader, data: Sequences, size: int) -> torch.Tensor:
     return out_BT
 
 
+@contextlib.contextmanager
+def started(trainer: "PPOTrainer", engine: Any, flat: FlatGradients | None = None) -> Iterator[Any]:
+    """Training passes run inside, on what is yielded: the engine, or None for the models' own modules."""
+    with contextlib.ExitStack() as stack:
+        if engine is None:
+            for packed in {id(x): x for x in (trainer.policy.packed, trainer.value.packed)}.values():
+                stack.enter_context(packed.attention())
+        yield None if engine is None else stack.enter_context(engine.started(flat))
+
+
+def score_as_learnt(trainer: "PPOTrainer", engine: Any, data: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B, T] log-probs, values) sequence by sequence, in the very numbers that learn() would find now."""
+
+    def read(packed: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        if engine is not None:
+            return engine.score_as_learnt(packed)
+        *_, logprob_R, values_R = loss_of(trainer, packed, determinism.no_data(packed), 1.0)
+        return logprob_R, values_R
+
+    with started(trainer, engine):
+        return determinism.score_each(data, True, read)
+
+
 class Optimised(NamedTuple):
     """One optimizer step: statistics of its mini-batch over all processes, gradient norm before clipping."""
 
@@ -156,6 +194,7 @@ class Learner(PackedLearner):
             max_grad_norm=args.max_grad_norm or None,
             ratio_threshold=float("inf"),
             gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+            deterministic=args.deterministic,
         )
         # what PackedLearner asks the classic trainer for
         view = SimpleNamespace(
@@ -176,12 +215,8 @@ class Learner(PackedLearner):
     @contextlib.contextmanager
     def started(self, engine: Any) -> Iterator["Learner"]:
         """learn() runs inside. engine: engines.Fused, or None for the models' own modules."""
-        with contextlib.ExitStack() as stack:
-            if engine is not None:
-                self.engine = stack.enter_context(engine.started(self.lay_flat(engine.neighbours())))
-            else:
-                for packed in {id(x): x for x in (self.late.policy.packed, self.late.value.packed)}.values():
-                    stack.enter_context(packed.attention())
+        flat = None if engine is None else self.lay_flat(engine.neighbours())
+        with started(self.late, engine, flat) as self.engine:
             yield self
 
     def _packs(self, rows: list[int]) -> list[Pack]:
@@ -195,13 +230,8 @@ class Learner(PackedLearner):
         return super()._minibatch(packs, share._replace(normalizer=count), backward)
 
     def _forward(self, packed: Pack, count: float) -> tuple[torch.Tensor, Result]:
-        late, data = self.late, self._data(packed)
-        with late.accelerator.autocast():
-            states = late.policy.states(packed)
-            values_R = late.value(packed, states)
-            loss, stats, logprob_R = late.policy.loss(
-                states, values_R, packed.targets_R, data, loss_options(late.args), late._score_temperature, count
-            )
+        data = self._data(packed)
+        loss, stats, logprob_R, _ = loss_of(self.late, packed, data, count)
         return loss, Result(stats, packed.flat_R, logprob_R.detach() - data.old_logprobs_N)
 
     def _stats(self, rows: list[int], result: Result, means: dict[str, float]) -> Optimised:

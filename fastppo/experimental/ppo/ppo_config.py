@@ -90,6 +90,9 @@ class PPOConfig(BaseConfig):
     old_logprobs: str = _told("rollout: as sampled; recompute: from one more pass.", "rollout")
     max_mismatch: float = _told("Mean |rollout - training log-prob| in nats past which a warning is given.", 0.02)
     on_nonfinite: str = _told("What a NaN or infinite score, loss or gradient does: stop or skip.", "stop")
+    deterministic: bool = _told(
+        "Same bits whatever the batching, ratio exactly 1 before the first update; slower.", False
+    )
     generation_kwargs: dict[str, Any] | str | None = _told("More arguments of the rollout (top_k, top_p, min_p, ...).")
 
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "generation_kwargs"]
@@ -99,6 +102,13 @@ class PPOConfig(BaseConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"PPOConfig: {name} must be one of {allowed}; got {getattr(self, name)!r}")
+        for name in ("deterministic", "whiten_rewards"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"PPOConfig: {name} must be True or False; got {getattr(self, name)!r}")
+        if self.deterministic:
+            if self.old_logprobs == "rollout" and "old_logprobs" in self.given:
+                raise ValueError("PPOConfig: deterministic=True does not go with old_logprobs='rollout'; leave it out")
+            self.old_logprobs = "recompute"
         for name in ("num_mini_batches", "response_length", "num_ppo_epochs", "local_rollout_forward_batch_size"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"PPOConfig: {name} must be at least 1; got {getattr(self, name)}")

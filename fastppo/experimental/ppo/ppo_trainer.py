@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, set_seed
 
-from fastppo import distributed, metrics
+from fastppo import determinism, distributed, metrics
 from fastppo.chat import set_special_tokens
 from fastppo.data import Rollout
 from fastppo.experimental.ppo import evaluation, functions, learner, saving, updates
@@ -90,7 +90,9 @@ class PPOTrainer(BaseTrainer):
         self.model_adapter_name, self.ref_adapter_name = args.model_adapter_name, args.ref_adapter_name
         self.ref_model = create_reference_model(model) if ref_model is None and not self.is_peft_model else ref_model
         self.value_model = value_model
-        self._rewards = Rewards(reward_model, args.reward_weights, args.local_rollout_forward_batch_size)
+        # sequences of a scoring pass
+        self.scored_rows = 1 if args.deterministic else args.local_rollout_forward_batch_size
+        self._rewards = Rewards(reward_model, args.reward_weights, self.scored_rows)
         self.reward_model = reward_model
         keep_differentiable(self.policy_model, self.ref_model, value_model, *self._rewards.models)
         disable_dropout(self.policy_model, self.ref_model, value_model, *self._rewards.models)
@@ -120,16 +122,20 @@ class PPOTrainer(BaseTrainer):
                 if model is not None:
                     model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.policy = self._scored(self.policy_model)
+        if args.deterministic:
+            determinism.check(distributed.kind(self.accelerator), self.policy.packed.why_padded)
+            self.accelerator.gradient_accumulation_steps = 1  # a division that rounds
         self.reference = None if self.ref_model is None else self._scored(self.ref_model)
         self.ref_model = distributed.prepare_frozen(self.accelerator, self.ref_model)
         shared = self.value_model is None
         self.value = learner.SharedValue(self.model, self.policy) if shared else learner.SeparateValue(self.value_model)
         self._wrapper = self.model
-        options = decode_options(self.accelerator.mixed_precision)
+        options = decode_options("no" if args.deterministic else self.accelerator.mixed_precision)
+        options["batch_invariant"] = args.deterministic
         self.generator = Generator(self.model if shared else self.policy_model, self.tokenizer, **options)
         self.fused = None  # the models on the engine, made with the first update
         self.guard = Guard(args.on_nonfinite)
-        self.micro_rows = args.per_device_train_batch_size
+        self.micro_rows = 1 if args.deterministic else args.per_device_train_batch_size
         self.train_dataset_len = len(self.train_dataset)
         self.local_dataloader_batch_size = args.local_batch_size
         samples = args.num_sample_generations

@@ -113,12 +113,13 @@ class ModelReward:
     def _judge(self, judged: Judged) -> torch.Tensor:
         device, pad = next(self.model.parameters()).device, self._packed.inner.config.pad_token_id
         spec = "autocast" if torch.is_autocast_enabled(device.type) else self._engine.read()
-        longest = judged.tokens_BL.shape[1]
-        rows = self.chunk if isinstance(spec, str) else max(1, min(self.chunk, SCORED_TOKENS // longest))
+        most = SCORED_TOKENS // judged.tokens_BL.shape[1]
+        rows = self.chunk if isinstance(spec, str) else max(1, min(self.chunk, most))
         scores, parts = [], (judged.tokens_BL.split(rows), judged.mask_BL.split(rows))
         with self._packed.attention() if isinstance(spec, str) else contextlib.nullcontext():
             for tokens_BL, mask_BL in zip(*parts, strict=True):
-                tokens_BL, mask_BL = tokens_BL.to(device), mask_BL.to(device)
+                longest = int(mask_BL.sum(1).max())
+                tokens_BL, mask_BL = tokens_BL[:, :longest].to(device), mask_BL[:, :longest].to(device)
                 batch = pack(tokens_BL, mask_BL)
                 is_last_BL = torch.zeros_like(batch.kept_BT)
                 is_last_BL.scatter_(1, last_tokens(tokens_BL, mask_BL, pad)[:, None], True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastppo import attention, distributed
+from fastppo import attention, determinism, distributed
 from fastppo.data import Experience, Rollout
 from fastppo.experience import advantages_and_returns, kl_rewards
 from fastppo.experimental.ppo import learner
@@ -69,14 +69,17 @@ def prepare(trainer: "PPOTrainer", rollout: Rollout, scores_B: torch.Tensor) -> 
     recompute = args.old_logprobs == "recompute"
     data = learner.sequences(rollout.prompts, rollout.responses, mask_BT)
     policy, reference, value = readers(trainer)
-    size = args.local_rollout_forward_batch_size
+    size = trainer.scored_rows
 
     def of_policy():
         values_BT, logprobs_BT, ref_BT = rollout.values_BT, rollout.logprobs_BT, None
-        if values_BT is None or recompute:
-            values_BT = learner.score(value, data, size)
-        if logprobs_BT is None or recompute:
-            logprobs_BT = learner.score(policy, data, size)
+        if args.deterministic:
+            logprobs_BT, values_BT = learner.score_as_learnt(trainer, fused_of(trainer), data)
+        else:
+            if values_BT is None or recompute:
+                values_BT = learner.score(value, data, size)
+            if logprobs_BT is None or recompute:
+                logprobs_BT = learner.score(policy, data, size)
         if not trainer.reference:
             with trainer.null_ref_context():
                 ref_BT = learner.score(reference, data, size)
@@ -129,7 +132,7 @@ def optimise(trainer: "PPOTrainer", experience: Experience, data: Sequences, num
     # beside others a process may have fewer prompts
     groups = [[[row for row in part if row < len(data.tokens)]] for part in minibatches]
     made = learner.Learner(trainer, data, experience)
-    with made.started(fused):
+    with determinism.algorithms(args), made.started(fused):
         made.foresee(groups)
         for group in groups:
             made.steps += made.learn(group)
