@@ -154,7 +154,7 @@ def split_tensors(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor],
     tensors: dict[str, torch.Tensor] = {}
 
     def walk(node: Any, path: str) -> Any:
-        if type(node) in (torch.Tensor, torch.nn.Parameter):
+        if type(node) in (torch.Tensor, torch.nn.Parameter) or hasattr(node, "full_tensor"):  # FSDP2's
             tensors[path] = node.detach()
             return {"tensor": path}
         if isinstance(node, Mapping) and len({isinstance(k, int) for k in node}) < 2:

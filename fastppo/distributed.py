@@ -13,7 +13,7 @@ Suffix: B sequences.
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -124,6 +124,13 @@ def whole(accelerator: "Accelerator", model: nn.Module, function: Callable[[], A
                 unit.reshard()
 
 
+def unshard(module: nn.Module) -> None:
+    """Gather a module that FSDP2 shards by itself and whose parameters are read without a call of it (accelerate gives a head
+    under adapters a unit of its own); in its model's forward pass. FSDP2 gives it back after the backward pass."""
+    if hasattr(module, "unshard"):
+        module.unshard()
+
+
 def prepare_frozen(accelerator: "Accelerator", model: nn.Module | None) -> nn.Module | None:
     """A model that is only read (the reference), laid out as the policy is: sharded under FSDP2, else on the device."""
     if model is None:
@@ -145,8 +152,37 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """model.state_dict() with whole tensors, on the CPU where they were sharded; every process must call it."""
-    return {name: full_tensor(x).cpu() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
+    """model.state_dict() with whole tensors; what FSDP2 shards, on the CPU of the first process. Every process must call it."""
+    return _gathered(model.state_dict(), torch.distributed.get_rank() == 0)
+
+
+def whole_tensors(
+    accelerator: "Accelerator", model: nn.Module | None, tensors: Callable[[], Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """tensors() of `model`, detached and whole; every process must call it.
+
+    Where they are sharded they are kept on the CPU of the first process (of each machine), and only there.
+    """
+    keep = accelerator.is_local_main_process
+
+    def copies() -> dict[str, torch.Tensor]:
+        return {name: x.detach().cpu().clone() for name, x in tensors().items()} if keep else {}
+
+    if kind(accelerator) == "zero3":
+        return whole(accelerator, bare(model), copies)
+    return _gathered({name: x.detach() for name, x in tensors().items()}, keep)
+
+
+def _gathered(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """FSDP2's tensors gathered one at a time and kept on the CPU, or let go; others as they are."""
+    found = {}
+    for name, x in tensors.items():
+        full = full_tensor(x)
+        if full is x:
+            found[name] = x
+        elif keep:
+            found[name] = full.cpu()
+    return found
 
 
 def backward(accelerator: "Accelerator", loss: torch.Tensor, last: bool) -> None:

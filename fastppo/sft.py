@@ -166,6 +166,8 @@ class SFTTrainer(PackedTrainer):
         correct: list[int] = []
 
         def forward() -> Predictions:
+            if not self._head_reason:
+                distributed.unshard(self._packed.inner.get_output_embeddings())
             scores = predict(self._packed, self._head_reason, tokens_BT, batch, scored_N, targets)
             # a second product with the head, here because ZeRO-3 gives the head back after this function
             if self._this_step_is_logged():

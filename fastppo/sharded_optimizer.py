@@ -1,31 +1,42 @@
-"""An optimizer's state with whole tensors, saved and loaded whatever way its parameters are sharded."""
+"""An optimizer's state for a checkpoint, saved and loaded whatever way its parameters are sharded.
 
-from typing import Any
+DDP and FSDP2: whole tensors. DeepSpeed ZeRO: every process's part, in fastppo/zero.py.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastppo.distributed import full_tensor
+from fastppo import checkpoint as ckpt
+from fastppo import distributed, zero
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
-def save(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """optimizer.state_dict() with whole tensors; every process must call it."""
-    saved = optimizer.state_dict()
-    whole_states = {
-        key: {name: full_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in state.items()}
-        for key, state in saved["state"].items()
-    }
-    return saved | {"state": whole_states}
+def save(accelerator: "Accelerator", optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Any]:
+    """(tensors, JSON values) for load; every process must call it."""
+    if zero.engine_of(accelerator):
+        return zero.save_optimizer(accelerator)
+    tensors, values = ckpt.split_tensors(optimizer.state_dict())
+    return distributed.whole_tensors(accelerator, None, lambda: tensors), values
 
 
-def load(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """What save returned, laid out as the parameters are now."""
+def load(
+    accelerator: "Accelerator", optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], values: Any
+) -> None:
+    """What save returned and state_checks.check_optimizer has checked, laid out as the parameters are now."""
+    if zero.engine_of(accelerator):
+        zero.load_optimizer(accelerator, tensors, values)
+        return
+    saved = ckpt.join_tensors(tensors, values)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def laid_out(x: Any, like: torch.Tensor) -> Any:
+        return shard_like(x, like) if isinstance(x, torch.Tensor) and x.shape == like.shape else x
+
     states = {
-        key: {
-            name: shard_like(x, parameters[key]) if isinstance(x, torch.Tensor) and x.dim() else x
-            for name, x in state.items()
-        }
-        for key, state in saved["state"].items()
+        key: {name: laid_out(x, parameters[key]) for name, x in state.items()} for key, state in saved["state"].items()
     }
     optimizer.load_state_dict(saved | {"state": states})
 

@@ -7,7 +7,7 @@ optimizer.safetensors                 the optimizer's tensors
 random.safetensors                    random generators of every process
 resume.json                           settings of optimizer and schedule, what the parameters are called
 manifest.json                         size and SHA-256 of each file
-Under FSDP and DeepSpeed SFT and reward runs are saved in the files that accelerate writes, plus the manifest.
+The same files however the parameters lie: under FSDP2 with whole tensors, under DeepSpeed with each process's part of the optimizer.
 """
 
 import json
@@ -25,7 +25,13 @@ from fastppo import distributed, manifest, sharded_optimizer, zero
 from fastppo.disk import CheckpointError, read_json, set_aside, sync_tree, told_as_checkpoint_error
 from fastppo.run_folder import RESUME, later_than, remove_leftovers, remove_old, whole_or_nothing
 from fastppo.trainer.state_checks import check_finite, check_optimizer, check_random, check_savable, tell_threads
-from fastppo.trainer.state_parts import everyones_random_state, fingerprint, type_name
+from fastppo.trainer.state_parts import (
+    everyones_random_state,
+    fingerprint,
+    model_fingerprint,
+    type_name,
+    whole_shape,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +53,24 @@ class SafeCheckpoints:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         made = super().create_optimizer(*args, **kwargs)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.args.save_strategy != "no" and not self.args.save_only_model and not sharded:
+        if self.args.save_strategy != "no" and not self.args.save_only_model and not self.is_deepspeed_enabled:
             check_savable(self.optimizer)
         return made
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """transformers would look for files that DeepSpeed or FSDP has pickled."""
+        if resume_from_checkpoint is None or not is_laid_out(self) or not is_ours(Path(resume_from_checkpoint)):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
-        if trial is None and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+        if trial is None:
             self.store_flos()
-            save(self, self.model, lambda folder: self._save(str(folder)))
+            state = whole_state(self, self.model)
+            save(self, self.model, lambda folder: self._save(str(folder), state_dict=state))
             return
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -69,6 +84,9 @@ class SafeCheckpoints:
         folder = Path(resume_from_checkpoint)
         if is_ours(folder):
             check_fits(self, self.model, read(folder))
+            if is_laid_out(self):
+                load_laid_out(self, self.model, folder)
+                return
         elif not (folder / manifest.MANIFEST).exists():
             logger.warning(
                 "%s was not written by fastppo: it cannot be checked, and is read as transformers does", folder
@@ -79,7 +97,10 @@ class SafeCheckpoints:
         best = self.state.best_model_checkpoint
         if best and (Path(best) / manifest.MANIFEST).exists():
             manifest.check(Path(best))
-        super()._load_best_model()
+        if best and is_laid_out(self) and is_ours(Path(best)):
+            load_laid_out(self, self.model, Path(best))
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and is_ours(Path(checkpoint)):
@@ -100,6 +121,11 @@ class SafeCheckpoints:
 
 def is_ours(folder: Path) -> bool:
     return (folder / RESUME).is_file()
+
+
+def is_laid_out(trainer: Any) -> bool:
+    """Whether FSDP2 or DeepSpeed owns the parameters' layout, so that weights are loaded after accelerate has made it."""
+    return distributed.kind(trainer.accelerator) not in ("single", "ddp")
 
 
 # --- save -------------------------------------------------------------------------------------------------------------
@@ -142,15 +168,19 @@ def save(
                 trainer._push_from_checkpoint(str(folder))
 
 
+def whole_state(trainer: Any, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """The model's whole tensors where they are sharded, else None; every process must call it."""
+    if distributed.kind(trainer.accelerator) not in distributed.SHARDED:
+        return None
+    return distributed.whole_tensors(trainer.accelerator, model, model.state_dict)
+
+
 def collect(trainer: Any, model: torch.nn.Module) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
     """(parts, values) for `read` to give back."""
     random_tensors, random_values = everyones_random_state(trainer.accelerator, *ckpt.rng_state())
     parts, values = {"random": random_tensors}, {"optimizer": None, "scheduler": None, "scaler": None}
     if not trainer.args.save_only_model:
-        if zero.engine_of(trainer.accelerator):
-            parts["optimizer"], tree = zero.save_optimizer(trainer.accelerator)
-        else:
-            parts["optimizer"], tree = ckpt.split_tensors(sharded_optimizer.save(trainer.optimizer))
+        parts["optimizer"], tree = sharded_optimizer.save(trainer.accelerator, trainer.optimizer)
         parts["scheduler"], values["scheduler"] = ckpt.split_tensors(trainer.lr_scheduler.state_dict())
         values["optimizer"] = {"type": type_name(trainer.optimizer), "tree": tree}
         if (scaler := getattr(trainer.accelerator, "scaler", None)) is not None:
@@ -162,15 +192,14 @@ def collect(trainer: Any, model: torch.nn.Module) -> tuple[dict[str, dict[str, t
 def identity(trainer: Any, model: torch.nn.Module) -> dict[str, Any]:
     """What must be the same when the run goes on: parameters by name, and fingerprints of what no checkpoint holds."""
     accelerator = trainer.accelerator
-    sharded = distributed.kind(accelerator) not in ("single", "ddp")
+    sharded = is_laid_out(trainer)
     # FSDP and DeepSpeed may hold parameters in another dtype than they are loaded in, ZeRO-3 in another shape
     dtype = (lambda p: None) if sharded else (lambda p: str(p.dtype))
-    table = {name: [dtype(p), list(getattr(p, "ds_shape", p.shape))] for name, p in model.named_parameters()}
+    table = {name: [dtype(p), list(whole_shape(p))] for name, p in model.named_parameters()}
     frozen = {}
     reference = getattr(trainer, "ref_model", None)
     if reference is not None:
-        bare = accelerator.unwrap_model(reference)
-        frozen["reference"] = distributed.whole(accelerator, bare, lambda: fingerprint(bare.named_parameters()))
+        frozen["reference"] = model_fingerprint(accelerator, reference)
     if any("lora_" in name for name in table):
         base = ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
         frozen["base"] = None if sharded else fingerprint(base)
@@ -241,6 +270,37 @@ def _check_identity(trainer: Any, now: Mapping[str, Any], saved: ckpt.Checkpoint
         raise TypeError(f"threads: {values['threads']!r}")
 
 
+def load_laid_out(
+    trainer: Any, model: torch.nn.Module, folder: Path, more: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """The weights of a checkpoint of ours into parameters that FSDP2 or DeepSpeed has laid out.
+
+    more: tensors of other parameters of what is trained, by the names that they have in trainer.model.
+    """
+    adapter = folder / "adapter_model.safetensors"
+    files = [adapter] if adapter.is_file() else sorted(folder.glob("model*.safetensors"))
+    saved = {name: x for file in files for name, x in load_file(file).items()}
+    with zero.writable(trainer.model), torch.no_grad():
+        # tensors of a state dict share the parameters' memory
+        _write(folder, saved, model.state_dict() | (adapter_state(model) if adapter.is_file() else {}))
+        _write(folder, more or {}, dict(trainer.model.named_parameters()))
+    zero.refresh_masters(trainer.accelerator)
+
+
+def _write(folder: Path, saved: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor]) -> None:
+    for name, x in saved.items():
+        if name not in current or whole_shape(current[name]) != x.shape:
+            raise CheckpointError(f"{folder}: the tensor {name!r} {tuple(x.shape)} is not one of this run's model")
+        current[name].copy_(sharded_optimizer.shard_like(x, current[name]))
+
+
+def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by the names that PEFT writes into its file."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
 def load_optimizer(trainer: Any, saved: ckpt.Checkpoint) -> None:
     """Optimizer, schedule and gradient scaler as they were saved."""
     values = saved.values
@@ -248,12 +308,9 @@ def load_optimizer(trainer: Any, saved: ckpt.Checkpoint) -> None:
         if values["optimizer"] is None:
             logger.warning("%s was saved with save_only_model: the optimizer starts anew", saved.path)
             return
-        if zero.engine_of(trainer.accelerator):
-            zero.load_optimizer(trainer.accelerator, saved.parts["optimizer"], values["optimizer"]["tree"])
-        else:
-            optimizer = ckpt.join_tensors(saved.parts["optimizer"], values["optimizer"]["tree"])
-            check_optimizer(trainer, saved, optimizer)
-            sharded_optimizer.load(trainer.optimizer, optimizer)
+        check_optimizer(trainer, saved)
+        tensors, tree = saved.parts["optimizer"], values["optimizer"]["tree"]
+        sharded_optimizer.load(trainer.accelerator, trainer.optimizer, tensors, tree)
         trainer.lr_scheduler.load_state_dict(ckpt.join_tensors(saved.parts["scheduler"], values["scheduler"]))
         if values["scaler"] is not None and getattr(trainer.accelerator, "scaler", None) is not None:
             trainer.accelerator.scaler.load_state_dict(values["scaler"])

@@ -3,8 +3,9 @@
     backward      gradients of one pass, reduced by the engine; the last pass of an optimizer step is told
     gradient_norm over all processes, before clipping, known before the weights are touched
     step, discard take the optimizer step, or drop its gradients: weights and optimizer are as before it
-    save_optimizer, load_optimizer   its sharded state, for a checkpoint without pickles
+    save_optimizer, check_optimizer, load_optimizer   its sharded state, for a checkpoint without pickles
     whole         ZeRO-3: run a function while all parameters are whole, gathered once, without a gathering per layer
+    writable      ZeRO-3: what is written to the parameters inside the block stays
 
 accelerate's own backward takes DeepSpeed's step with it, before anybody has looked at the gradients.
 """
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from fastppo.disk import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,6 +107,19 @@ def whole(model: nn.Module, function: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
+def writable(model: nn.Module) -> Iterator[None]:
+    """Parameters that ZeRO-3 has sharded are whole inside, and hold afterwards what was written to them on all processes."""
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0), without_hooks(model):
+        yield
+
+
+@contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """DeepSpeed's hooks, which gather each layer's parameters and give them back, are off inside."""
     kept = []
@@ -161,22 +177,46 @@ def save_optimizer(accelerator: "Accelerator") -> tuple[dict[str, Tensor], dict[
     return tensors, {"processes": processes, "groups": groups}
 
 
-def load_optimizer(accelerator: "Accelerator", tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """What save_optimizer returned, to as many processes with parameters laid out alike; ValueError for others."""
-    optimizer, processes = engine_of(accelerator).optimizer, accelerator.num_processes
-    own = {}
+def refresh_masters(accelerator: "Accelerator") -> None:
+    """The float32 weights that the optimizer steps become those of the model; nothing where there is no engine."""
+    if engine := engine_of(accelerator):
+        engine.optimizer.refresh_fp32_params()
+
+
+def is_saved_by_it(values: Any) -> bool:
+    """Whether `values` is what save_optimizer returned, or another optimizer's."""
+    return isinstance(values, dict) and "processes" in values
+
+
+def check_optimizer(accelerator: "Accelerator", tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Raise CheckpointError unless save_optimizer's are of as many processes, with parameters laid out as here."""
+    wanted, processes = (
+        [master.numel() for master in _masters(engine_of(accelerator).optimizer)],
+        accelerator.num_processes,
+    )
+    own = _own_parts(accelerator, tensors)
+    sizes = [len(own[index][_WEIGHTS]) for index in sorted(own)]
+    if values["processes"] != processes or sizes != wanted:
+        raise CheckpointError(
+            f"the optimizer was sharded over {values['processes']} processes in parts of {sizes}; this run has {processes} "
+            f"and {wanted}: resume with as many processes and the same ZeRO stage"
+        )
+
+
+def _own_parts(accelerator: "Accelerator", tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    own: dict[int, dict[str, Tensor]] = {}
     for name, x in tensors.items():
         rank, index, key = name.split(".", 2)
         if int(rank) == accelerator.process_index:
             own.setdefault(int(index), {})[key] = x
-    masters = _masters(optimizer)
-    sizes, wanted = [len(own[i][_WEIGHTS]) for i in sorted(own)], [master.numel() for master in masters]
-    if values["processes"] != processes or sizes != wanted:
-        raise ValueError(
-            f"the optimizer was sharded over {values['processes']} processes in parts of {sizes}; this run has {processes} "
-            f"and {wanted}: resume with as many processes and the same ZeRO stage"
-        )
-    for index, master in enumerate(masters):
+    return own
+
+
+def load_optimizer(accelerator: "Accelerator", tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """What save_optimizer returned; CheckpointError, nothing changed, where check_optimizer raises."""
+    check_optimizer(accelerator, tensors, values)
+    optimizer, own = engine_of(accelerator).optimizer, _own_parts(accelerator, tensors)
+    for index, master in enumerate(_masters(optimizer)):
         state = {name: x.to(master.device) for name, x in own[index].items()}
         master.data.copy_(state.pop(_WEIGHTS))
         optimizer.optimizer.state[master] = {n: x if x.numel() == master.numel() else x[0] for n, x in state.items()}

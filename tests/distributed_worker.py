@@ -17,7 +17,7 @@ from pathlib import Path
 import golden_cases
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fastppo
 from fastppo.distributed import fsdp_units, kind
@@ -142,6 +142,10 @@ def accelerator_options() -> dict:
 
 def classic_trainer(case: dict, whole_batch: bool = False, **extra):
     sizes = {"batch_size": GLOBAL // WORLD, "mini_batch_size": (GLOBAL if whole_batch else MINI) // WORLD}
+    if ZERO:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or models after the first are made in shards, which golden_cases cannot fill
     config = case.get("config", {}) | sizes | {"learning_rate": 3e-4, "accelerator_kwargs": accelerator_options()}
     return golden_cases.trainer(fastppo, {**case, "config": config}, **extra)
 
@@ -217,6 +221,12 @@ def resumed(name: str, folder: Path) -> tuple[dict, list[dict]]:
 # --- the others -------------------------------------------------------------------------------------------------------
 
 
+def lora(task: str = "CAUSAL_LM"):
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task, lora_dropout=0.0)
+
+
 def late_trainer(folder: Path, value: bool = False, **options):
     import late_cases
 
@@ -238,10 +248,7 @@ def late(name: str, folder: Path) -> tuple[dict, list[dict]]:
     """
 
     def made(**options):
-        from peft import LoraConfig
-
-        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
-        options |= {"peft_config": lora} if name == "late_lora" else {}
+        options |= {"peft_config": lora()} if name == "late_lora" else {}
         options |= {"num_mini_batches": 2} if name in TWO_MINIBATCHES else {}
         return late_trainer(folder / name, value=name == "late_value", whiten_rewards=name == "late_whiten", **options)
 
@@ -316,18 +323,31 @@ def supervised_logs(run) -> list[dict]:
 
 
 def supervised(name: str, folder: Path) -> tuple[dict, list[dict]]:
-    """Three steps; "resume": a new trainer goes on from the checkpoint after the second."""
+    """Three steps; "resume": a new trainer goes on from the checkpoint after the second, and then takes its weights as the best."""
     saving = {"save_strategy": "steps", "save_steps": 2} if name.endswith("resume") else {}
-    run = supervised_trainer(name, folder, max_steps=3, **saving)
+    more = {
+        "max_steps": 3,
+        **({"peft_config": lora("CAUSAL_LM" if "sft" in name else "SEQ_CLS")} if "lora" in name else {}),
+    }
+    run = supervised_trainer(name, folder, **more, **saving)
     run.train()
     found, logs = weights(run.accelerator, run.model), supervised_logs(run)
     if name.endswith("resume"):
-        again = supervised_trainer(name, folder, max_steps=3)
-        again.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
+        again, second = supervised_trainer(name, folder, **more), folder / name / "checkpoint-2"
+        again.train(resume_from_checkpoint=str(second))
         now = weights(again.accelerator, again.model)
         same = all(torch.equal(now[n], found[n]) for n in found) and written(supervised_logs(again)) == written(logs)
-        logs.append({"bitwise": same})
+        again.state.best_model_checkpoint = str(second)
+        again._load_best_model()
+        best, saved = weights(again.accelerator, again.model), load_file(second / weights_file(name))
+        best = {n.replace(".default", "").replace(".modules_to_save", ""): x for n, x in best.items()}
+        taken = [torch.equal(best[n], x) for n, x in saved.items() if n in best]  # frozen ones are not in `best`
+        logs.append({"bitwise": same, "best": len(taken) == len(best) and all(taken)})
     return found, logs
+
+
+def weights_file(name: str) -> str:
+    return "adapter_model.safetensors" if "lora" in name else "model.safetensors"
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

@@ -15,9 +15,12 @@ from test_distributed import (
     CONFIGURED,
     LATE,
     LIMIT_SECONDS,
+    RESUMED,
     SUPERVISED,
+    SUPERVISED_RESUMED,
     ends,
     launched,
+    nothing_pickled,
     results,
     same_as_one,
     start,
@@ -83,8 +86,8 @@ needs_deepspeed = pytest.mark.skipif(
     reason="deepspeed is not installed (DS_BUILD_OPS=0 pip install deepspeed)",
 )
 # one launch for all; under ZeRO-3 one for each: transformers shards every model that is made after the first run's
-ZERO2 = [*CLASSIC, *LATE, *SUPERVISED]
-ZERO3 = ["plain", "lora", "padded", "rollout", "fewer", "skipped", *LATE, *SUPERVISED]
+ZERO2 = [*CLASSIC, *RESUMED, *LATE, *SUPERVISED, *SUPERVISED_RESUMED]
+ZERO3 = ["plain", "lora", "padded", "rollout", "fewer", "skipped", *RESUMED, *LATE, *SUPERVISED, *SUPERVISED_RESUMED]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,8 @@ def test_zero_2_gives_the_result_of_one_process(folder, case):
 def test_zero_3_gives_the_result_of_one_process(folder, case):
     done = run(folder / "zero3", 3, [case])
     same_as_one(results("one", folder), done, case, 2)
+    if case in SUPERVISED_RESUMED:
+        nothing_pickled(done / case, 2)
     if case == "plain":
         policy_loads(done / "plain-policy", load_file(done / "plain.0.safetensors"))
 
@@ -124,6 +129,11 @@ def test_zero_3_gives_the_result_of_one_process(folder, case):
 def test_a_policy_saved_under_zero_2_is_whole(folder):
     done = zero2(folder)
     policy_loads(done / "plain-policy", load_file(done / "plain.0.safetensors"))
+
+
+@needs_deepspeed
+def test_checkpoints_under_zero_2_hold_no_pickle(folder):
+    nothing_pickled(zero2(folder), 11)
 
 
 def policy_loads(path: Path, trained: dict[str, torch.Tensor]) -> None:

@@ -21,14 +21,14 @@ CLASSIC = ["plain", "everything", "early_stopping", "lora", "padded", "rollout",
 RESUMED = ["resume", "resume_lora"]
 LATE = ["late", "late_lora", "late_value", "late_whiten", "late_fewer", "late_nan", "late_resume"]
 SUPERVISED = ["sft", "reward"]
-SUPERVISED_RESUMED = ["sft_resume", "reward_resume"]  # under FSDP and DeepSpeed in their own files
+SUPERVISED_RESUMED = ["sft_resume", "sft_lora_resume", "reward_resume", "reward_lora_resume"]
 FEW = ["everything", "fewer", "late_lora", "late_value", "late_fewer"]
 # launch -> (processes, how parameters lie, cases)
 LAUNCHES = {
     "one": (1, "", CLASSIC + RESUMED + LATE + SUPERVISED + SUPERVISED_RESUMED),
     "ddp2": (2, "", CLASSIC + RESUMED + LATE + SUPERVISED + SUPERVISED_RESUMED),
     "ddp4": (4, "", FEW),
-    "fsdp2": (2, "fsdp2", CLASSIC + RESUMED + LATE + SUPERVISED),
+    "fsdp2": (2, "fsdp2", CLASSIC + RESUMED + LATE + SUPERVISED + SUPERVISED_RESUMED),
     "fsdp4": (4, "fsdp2", FEW),
 }
 LIMIT_SECONDS = 600  # against hangs only: many processes share two cores
@@ -123,6 +123,7 @@ def test_cases_do_what_their_names_say(folder):
     assert log("late_fewer")[0]["objective/scores"] != log("late")[0]["objective/scores"]
     # the tests above hold two processes to the same: gloo adds two numbers in one order
     assert all(log(case)[-1]["bitwise"] for case in [*RESUMED, "late_resume", *SUPERVISED_RESUMED])
+    assert all(log(case)[-1]["best"] for case in SUPERVISED_RESUMED)
 
 
 @pytest.mark.parametrize("launch", ["ddp2", "fsdp2"])
@@ -142,6 +143,18 @@ def test_a_saved_policy_is_whole_and_loads_with_transformers_alone(folder, launc
     adapted = PeftModel.from_pretrained(model, done / "resume_lora-policy", is_trainable=True)
     adapters = {f"pretrained_model.{name}": p for name, p in adapted.named_parameters() if p.requires_grad}
     assert adapters and all(torch.equal(p, trained["resume_lora"][name]) for name, p in adapters.items())
+
+
+@pytest.mark.parametrize("launch", ["one", "ddp2", "fsdp2"])
+def test_checkpoints_hold_no_pickle(folder, launch):
+    nothing_pickled(results(launch, folder), 11)
+
+
+def nothing_pickled(done: Path, count: int) -> None:
+    found = [*done.rglob("checkpoint-*"), *done.rglob("step-*")]
+    assert len(found) == count
+    kinds = {path.suffix for folder in found for path in folder.rglob("*") if path.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jinja", ".md"} and {".safetensors", ".json"} <= kinds, kinds
 
 
 CONFIGURED = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no", "--config_file"]

@@ -1,7 +1,7 @@
 """A classic trainer's whole state as the parts of a checkpoint, and back: checked first, then put in place.
 
 policy.safetensors     parameters and buffers with the value head; with PEFT what trains only (the base is named)
-optimizer.safetensors  the optimizer's tensors
+optimizer.safetensors  the optimizer's tensors, whole; under DeepSpeed every process's part of them and of the float32 weights
 random.safetensors     generators of every process (torch, CUDA, numpy, Python, the dataloader's)
 values.json            optimizer and scheduler settings, KL controller, running moments, place in the data, counters
 """
@@ -12,11 +12,21 @@ from typing import Any, NamedTuple
 import torch
 
 from fastppo import checkpoint as ckpt
+from fastppo import distributed, sharded_optimizer, zero
 from fastppo.checkpoint import Checkpoint, CheckpointError
 from fastppo.trainer import state_parts
 from fastppo.trainer.columns import Batches
 from fastppo.trainer.state_checks import KIND, check_finite, check_optimizer, check_random, check_trainer, tell_changes
-from fastppo.trainer.state_parts import base_name, config_values, frozen, random_state, saved_tensors, type_name, whole
+from fastppo.trainer.state_parts import (
+    base_name,
+    config_values,
+    frozen,
+    random_state,
+    saved_tensors,
+    trained,
+    type_name,
+    unwrapped,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +45,12 @@ class Resumed(NamedTuple):
 
 def collect(trainer, extra: Any) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
     """(parts, values) for fastppo.checkpoint.save_checkpoint; with many processes all must call it."""
-    _refuse_deepspeed(trainer)
-    optimizer = trainer.optimizer.state_dict()
-    states = optimizer["state"].items()  # new dictionaries: these are the optimizer's own
-    optimizer["state"] = {i: {k: whole(v) if torch.is_tensor(v) else v for k, v in s.items()} for i, s in states}
-    optimizer_tensors, optimizer_tree = ckpt.split_tensors(optimizer)
+    optimizer_tensors, optimizer_tree = sharded_optimizer.save(trainer.accelerator, trainer.optimizer)
     scheduler = None if trainer.lr_scheduler is None else ckpt.split_tensors(trainer.lr_scheduler.state_dict())
     random_tensors, random_values = random_state(trainer)
-    policy = {name: whole(tensor.detach()) for name, tensor in saved_tensors(trainer).items()}
-    check_finite((name, policy[name]) for name in state_parts.trained(trainer))
+    policy = distributed.whole_tensors(trainer.accelerator, trainer.model, lambda: saved_tensors(trainer))
+    with distributed.together(trainer.accelerator, "looking at the weights to save"):
+        check_finite((name, policy[name]) for name in trained(trainer) if name in policy)
     parts = {"policy": policy, "optimizer": optimizer_tensors, "random": random_tensors}
     if scheduler and scheduler[0]:
         parts["scheduler"] = scheduler[0]
@@ -72,27 +79,20 @@ def collect(trainer, extra: Any) -> tuple[dict[str, dict[str, torch.Tensor]], di
     return parts, values
 
 
-def _refuse_deepspeed(trainer) -> None:
-    if getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None:
-        raise CheckpointError("under DeepSpeed, save and load with trainer.accelerator.save_state / load_state")
-
-
 # --- load -------------------------------------------------------------------------------------------------------------
 
 
 def apply(trainer, saved: Checkpoint) -> None:
     """Make `trainer` what the saved one was. Raises CheckpointError, the trainer untouched, when it does not fit."""
-    _refuse_deepspeed(trainer)
     try:
         check_trainer(trainer, saved)
-        optimizer = ckpt.join_tensors(saved.parts["optimizer"], saved.values["optimizer"]["tree"])
-        check_optimizer(trainer, saved, optimizer)
+        check_optimizer(trainer, saved)
         scheduler = ckpt.join_tensors(saved.parts.get("scheduler", {}), saved.values["scheduler"])
         rank = trainer.accelerator.process_index
         own = {n.partition(".")[2]: t for n, t in saved.parts["random"].items() if n.startswith(f"{rank}.")}
         check_random(own, saved.values["random"][rank])
         tell_changes(trainer, saved)
-        _apply(trainer, saved, optimizer, scheduler, own)
+        _apply(trainer, saved, scheduler, own)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -101,16 +101,16 @@ def apply(trainer, saved: Checkpoint) -> None:
         ) from error
 
 
-def _apply(trainer, saved: Checkpoint, optimizer, scheduler, random_tensors) -> None:
-    values = saved.values
-    trainer.optimizer.load_state_dict(_sharded(trainer, optimizer))
-    with torch.no_grad():
+def _apply(trainer, saved: Checkpoint, scheduler, random_tensors) -> None:
+    values, accelerator = saved.values, trainer.accelerator
+    sharded_optimizer.load(accelerator, trainer.optimizer, saved.parts["optimizer"], values["optimizer"]["tree"])
+    with zero.writable(unwrapped(trainer)), torch.no_grad():
         for name, tensor in saved_tensors(trainer).items():
-            tensor.copy_(_like(tensor, saved.parts["policy"][name]))
+            tensor.copy_(sharded_optimizer.shard_like(saved.parts["policy"][name], tensor))
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.load_state_dict(scheduler)
-    if trainer.accelerator.scaler is not None and values["scaler"] is not None:
-        trainer.accelerator.scaler.load_state_dict(values["scaler"])
+    if accelerator.scaler is not None and values["scaler"] is not None:
+        accelerator.scaler.load_state_dict(values["scaler"])
     trainer.kl_ctl.value = values["kl"]["value"]
     for name, number in values["running"].items():
         setattr(trainer.running, name, number)
@@ -130,25 +130,7 @@ def _apply(trainer, saved: Checkpoint, optimizer, scheduler, random_tensors) -> 
     if generator is not None and "sampler" in random_tensors:
         generator.set_state(random_tensors["sampler"])
     # last: nothing above may draw
-    ckpt.set_rng_state(random_tensors, values["random"][trainer.accelerator.process_index])
-
-
-def _like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """`whole` in the layout of `tensor`."""
-    if not hasattr(tensor, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
-
-
-def _sharded(trainer, optimizer: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's state with its tensors laid out as the parameters they are about."""
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    for index, state in optimizer["state"].items():
-        like = parameters[index]
-        state.update({k: _like(like, v) for k, v in state.items() if torch.is_tensor(v) and v.shape == like.shape})
-    return optimizer
+    ckpt.set_rng_state(random_tensors, values["random"][accelerator.process_index])
 
 
 # --- both, on disk ----------------------------------------------------------------------------------------------------

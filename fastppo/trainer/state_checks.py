@@ -8,9 +8,19 @@ from typing import Any
 import torch
 
 from fastppo import checkpoint as ckpt
+from fastppo import zero
 from fastppo.checkpoint import Checkpoint, CheckpointError
 from fastppo.trainer.columns import Batches
-from fastppo.trainer.state_parts import config_values, counters, frozen, running, saved_tensors, trained, type_name
+from fastppo.trainer.state_parts import (
+    config_values,
+    counters,
+    frozen,
+    running,
+    saved_tensors,
+    trained,
+    type_name,
+    whole_shape,
+)
 
 logger = logging.getLogger("fastppo.trainer.state")
 
@@ -78,7 +88,7 @@ def check_savable(optimizer: torch.optim.Optimizer) -> None:
 def check_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raise CheckpointError for NaN and infinity among trained weights: saving them would push out what can go on."""
     for name, parameter in parameters:
-        mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        mine = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
         if mine.dtype in _FLOATS and not mine.isfinite().all():
             raise CheckpointError(
                 f"the weight {name!r} holds NaN or infinity: the run has diverged. Go on from an older checkpoint, "
@@ -108,7 +118,8 @@ def check_trainer(trainer, saved: Checkpoint) -> None:
             raise CheckpointError(
                 f"{where}: {words} is not the saved run's ({values['base'] or 'unnamed'}); start from the same one"
             )
-    ckpt.check_tensors(f"{where}: policy", saved.parts["policy"], saved_tensors(trainer))
+    wanted = {n: torch.empty(whole_shape(x), dtype=x.dtype, device="meta") for n, x in saved_tensors(trainer).items()}
+    ckpt.check_tensors(f"{where}: policy", saved.parts["policy"], wanted)
     try:
         check_finite((name, saved.parts["policy"][name]) for name in trained(trainer))
     except CheckpointError as error:
@@ -173,7 +184,21 @@ _LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momen
 _LIKE_PARAMETERS |= {"square_avg", "grad_avg", "acc_delta", "sum", "prev"}
 
 
-def check_optimizer(trainer, saved: Checkpoint, optimizer: Mapping[str, Any]) -> None:
+def check_optimizer(trainer, saved: Checkpoint) -> None:
+    tensors, tree = saved.parts["optimizer"], saved.values["optimizer"]["tree"]
+    under_zero = zero.engine_of(trainer.accelerator) is not None
+    if zero.is_saved_by_it(tree) != under_zero:
+        raise CheckpointError(
+            f"{saved.path}: its optimizer was saved {'without' if under_zero else 'under'} DeepSpeed, this run goes on "
+            f"{'under' if under_zero else 'without'} it: launch the run as it was"
+        )
+    if under_zero:
+        zero.check_optimizer(trainer.accelerator, tensors, tree)
+    else:
+        _check_whole_optimizer(trainer, saved, ckpt.join_tensors(tensors, tree))
+
+
+def _check_whole_optimizer(trainer, saved: Checkpoint, optimizer: Mapping[str, Any]) -> None:
     had, has = saved.values["optimizer"]["type"], type_name(trainer.optimizer)
     if had != has:
         raise CheckpointError(f"{saved.path}: saved with the optimizer {had}, this run has {has}: pass the same kind")

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
 import torch
 
 from fastppo import checkpoint as ckpt
+from fastppo import distributed
 
 # elements of each frozen tensor that its fingerprint reads
 _SAMPLED = 64
@@ -18,6 +19,11 @@ _COUNTERS = ("current_step", "_steps_done", "compare_step")
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered (all processes take part), any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Its shape before ZeRO-3 sharded it (FSDP2's tensors tell their whole shape)."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def unwrapped(trainer):
@@ -48,17 +54,35 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         flat = whole(tensor.detach()).flatten()
         some = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {some.double().tolist()}".encode())
+        digest.update(f"{name} {whole_shape(tensor)} {tensor.dtype} {some.double().tolist()}".encode())
     return digest.hexdigest()
+
+
+def model_fingerprint(
+    accelerator, model: torch.nn.Module, counts: Callable[[torch.nn.Parameter], bool] = lambda parameter: True
+) -> str:
+    """fingerprint() of the parameters that count; every process must call it."""
+    model = accelerator.unwrap_model(model)
+
+    def taken() -> str:
+        return fingerprint((name, p) for name, p in model.named_parameters() if counts(p))
+
+    return whole_here(accelerator, model, taken)
+
+
+def whole_here(accelerator, model: torch.nn.Module, function: Callable[[], Any]) -> Any:
+    """function() where whole() gives each of the model's parameters whole: at once under ZeRO-3, else one at a time."""
+    sharded = distributed.kind(accelerator) == "zero3"
+    return distributed.whole(accelerator, model, function) if sharded else function()
 
 
 def frozen(trainer) -> dict[str, str]:
     """Fingerprints of what a checkpoint does not hold: the reference, and the base below adapters."""
     found = {}
     if trainer.ref_model is not None:
-        found["reference"] = fingerprint(trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters())
+        found["reference"] = model_fingerprint(trainer.accelerator, trainer.ref_model)
     if trainer.is_peft_model:
-        found["base"] = fingerprint((n, p) for n, p in unwrapped(trainer).named_parameters() if not p.requires_grad)
+        found["base"] = model_fingerprint(trainer.accelerator, trainer.model, lambda p: not p.requires_grad)
     return found
 
 

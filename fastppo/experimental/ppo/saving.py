@@ -1,13 +1,12 @@
 """What the late trainer writes and reads back: the policy alone, and checkpoints to go on from."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 
-from fastppo import distributed, trainer_checkpoints
+from fastppo import distributed, trainer_checkpoints, zero
 from fastppo.disk import CheckpointError
 from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.trainer_checkpoints import RESUME, STATE
@@ -20,20 +19,10 @@ VALUE = "value"
 
 def policy_state(trainer: "PPOTrainer") -> dict | None:
     """The policy's whole tensors where they are sharded; every process must call it."""
-    if distributed.kind(trainer.accelerator).startswith("zero"):
-        return whole_copies(trainer, trainer.policy_model.state_dict)
-    return distributed.state_dict(trainer.policy_model) if distributed.fsdp_units(trainer._wrapper) else None
-
-
-def whole_copies(trainer: "PPOTrainer", tensors: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """tensors(), whole, on the CPU, on the process that writes; every process must call it."""
-
-    def copies() -> dict[str, torch.Tensor]:
-        if not trainer.args.should_save:
-            return {}
-        return {name: x.detach().cpu().clone().contiguous() for name, x in tensors().items()}
-
-    return distributed.whole(trainer.accelerator, trainer._wrapper, copies)
+    # before train() nothing is laid out yet
+    if not distributed.fsdp_units(trainer._wrapper) and not zero.engine_of(trainer.accelerator):
+        return None
+    return distributed.whole_tensors(trainer.accelerator, trainer._wrapper, trainer.policy_model.state_dict)
 
 
 def save_checkpoint(trainer: "PPOTrainer") -> None:
@@ -52,26 +41,24 @@ def value_tensors(trainer: "PPOTrainer") -> dict[str, torch.Tensor]:
     """Parameters of the value function by name, whole; every process must call it."""
     policy = {id(x) for x in trainer.policy_model.parameters()}
     value = {name: x for name, x in trainer._wrapper.named_parameters(remove_duplicate=True) if id(x) not in policy}
-    if distributed.kind(trainer.accelerator) == "zero3":
-        return whole_copies(trainer, lambda: value)
-    return {name: distributed.full_tensor(x.detach()).cpu().contiguous() for name, x in value.items()}
+    return distributed.whole_tensors(trainer.accelerator, trainer._wrapper, lambda: value)
 
 
 def load_weights(trainer: "PPOTrainer", folder: Path) -> None:
-    """Put the weights back as they were saved, before accelerate lays them out."""
+    """Put the weights back as they were saved, unless accelerate will lay them out in another way: then load_resume does it."""
     for name in (f"{VALUE}.safetensors", RESUME, STATE):
         if not (folder / name).is_file():
             raise CheckpointError(f"PPOTrainer.train: {folder} is no checkpoint of a run: it has no {name}")
     if distributed.fsdp_units(trainer._wrapper):
         raise ValueError("PPOTrainer.train: its parameters are sharded already; resume with a new trainer")
     trainer_checkpoints.check_fits(trainer, trainer._wrapper, trainer_checkpoints.read(folder))
-    # transformers asks trainer.model about missing keys, and looks for FSDP's own files; here parameters are whole
-    before = trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
-    trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = trainer.policy_model, False, False
+    if trainer_checkpoints.is_laid_out(trainer):
+        return
+    before, trainer.model = trainer.model, trainer.policy_model  # transformers asks it about missing keys
     try:
         super(trainer_checkpoints.SafeCheckpoints, trainer)._load_from_checkpoint(str(folder), trainer.policy_model)
     finally:
-        trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = before
+        trainer.model = before
     parameters = dict(trainer._wrapper.named_parameters())
     with torch.no_grad():
         for name, saved in load_file(folder / f"{VALUE}.safetensors").items():
@@ -81,6 +68,9 @@ def load_weights(trainer: "PPOTrainer", folder: Path) -> None:
 def load_resume(trainer: "PPOTrainer", folder: Path) -> None:
     """Put optimizer, schedule and state back as `save_checkpoint` found them."""
     saved = trainer_checkpoints.read(folder)
+    if trainer_checkpoints.is_laid_out(trainer):
+        value = load_file(folder / f"{VALUE}.safetensors")
+        trainer_checkpoints.load_laid_out(trainer, trainer.policy_model, folder, value)
     trainer_checkpoints.load_optimizer(trainer, saved)
     trainer.micro_rows = int(saved.values["micro_rows"])
     before = trainer.state
