@@ -133,7 +133,7 @@ def test_a_policy_saved_under_zero_2_is_whole(folder):
 
 @needs_deepspeed
 def test_checkpoints_under_zero_2_hold_no_pickle(folder):
-    nothing_pickled(zero2(folder), 11)
+    nothing_pickled(zero2(folder), 12)
 
 
 def policy_loads(path: Path, trained: dict[str, torch.Tensor]) -> None:

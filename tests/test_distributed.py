@@ -147,7 +147,7 @@ def test_a_saved_policy_is_whole_and_loads_with_transformers_alone(folder, launc
 
 @pytest.mark.parametrize("launch", ["one", "ddp2", "fsdp2"])
 def test_checkpoints_hold_no_pickle(folder, launch):
-    nothing_pickled(results(launch, folder), 11)
+    nothing_pickled(results(launch, folder), 12)
 
 
 def nothing_pickled(done: Path, count: int) -> None:
