@@ -30,6 +30,7 @@ from fastppo.disk import (
     sync_folder,
     told_as_checkpoint_error,
 )
+from fastppo.wanted import is_whole, want
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -57,8 +58,7 @@ def save_checkpoint(folder: str | Path, step: int, parts: Parts, values: Mapping
     among those kept. Raises CheckpointError when the disk is full, the folder cannot be written, or a value is no JSON;
     older checkpoints are then untouched.
     """
-    if keep < 1:
-        raise ValueError(f"save_checkpoint: keep must be at least 1; got {keep}")
+    want(is_whole(keep, 1), "save_checkpoint", "keep", "a whole number of at least 1", keep)
     folder = Path(folder)
     target = folder / f"step-{step:08d}"
     temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"

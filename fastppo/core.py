@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastppo.wanted import is_whole, want
+
 WANDB_PADDING = -1
 
 
 def set_seed(seed: int) -> None:
-    """Seed random, numpy and torch (all devices)."""
+    """Seed random, numpy and torch (all devices); a whole number from 0 to 2**32 - 1, which is what numpy takes."""
+    want(is_whole(seed, 0) and seed < 2**32, "set_seed", "seed", "a whole number from 0 to 2**32 - 1", seed)
+    seed = int(seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -27,6 +31,8 @@ class LengthSampler:
     """Calling it draws a length from range(min_value, max_value), uniformly, from numpy's global generator."""
 
     def __init__(self, min_value: int, max_value: int):
+        for name, value in (("min_value", min_value), ("max_value", max_value)):
+            want(is_whole(value, 0), "LengthSampler", name, "a whole number of at least 0", value)
         if min_value >= max_value:
             raise ValueError(f"LengthSampler: range({min_value}, {max_value}) is empty; max_value is exclusive")
         self.values = list(range(min_value, max_value))
@@ -118,7 +124,14 @@ def _has_virtual_tokens(model: nn.Module) -> bool:
 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
-    """sum(values * mask) / sum(mask), over everything or one axis; nan where nothing counts."""
+    """sum(values * mask) / sum(mask), over everything or one axis; nan where nothing counts.
+
+    ValueError where mask is smaller than values: the sum over it would count values more than once.
+    """
+    if values.shape != mask.shape and torch.broadcast_shapes(values.shape, mask.shape) != mask.shape:
+        raise ValueError(
+            f"masked_mean: mask must have the shape of values {tuple(values.shape)}; got {tuple(mask.shape)}"
+        )
     if axis is None:
         return (values * mask).sum() / mask.sum()
     return (values * mask).sum(axis) / mask.sum(axis)
@@ -172,6 +185,7 @@ def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
 
 def stack_dicts(stats_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One tensor [len(stats_dicts), longest] per key of the first; shorter ones are filled with WANDB_PADDING."""
+    want(isinstance(stats_dicts, (list, tuple)) and stats_dicts, "stack_dicts", "stats_dicts", "a list", stats_dicts)
     return {
         key: nn.utils.rnn.pad_sequence(
             [stats[key].flatten() for stats in stats_dicts], batch_first=True, padding_value=WANDB_PADDING

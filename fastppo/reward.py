@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from fastppo.attention import unwrap
 from fastppo.chat import pair_ids
 from fastppo.packing import pack
-from fastppo.supervised import PackedTrainer, each_split, keep_rows, pad_rows, prepare_run, tokenise
+from fastppo.supervised import PackedTrainer, check_trainer, each_split, keep_rows, pad_rows, prepare_run, tokenise
 from fastppo.training_args import SupervisedConfig
+from fastppo.wanted import is_flag, is_number
 
 
 @dataclass
@@ -30,6 +31,12 @@ class RewardConfig(SupervisedConfig):
     center_rewards_coefficient: float | None = field(
         default=None, metadata={"help": "c in c * mean (r(chosen) + r(rejected))^2, which pulls rewards to 0."}
     )
+
+    def __post_init__(self):
+        wanted = "a number of at least 0, or None"
+        self._check(("center_rewards_coefficient",), wanted, lambda x: x is None or is_number(x, 0))
+        self._check(("disable_dropout",), "True or False", is_flag)
+        super().__post_init__()
 
 
 class RewardTrainer(PackedTrainer):
@@ -59,6 +66,9 @@ class RewardTrainer(PackedTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ):
+        functions = {"data_collator": data_collator, "compute_metrics": compute_metrics}
+        others = {"processing_class": processing_class, "peft_config": peft_config, "optimizers": optimizers}
+        check_trainer("RewardTrainer", model=model, callbacks=callbacks, **functions, **others)
         run = prepare_run(
             RewardConfig,
             AutoModelForSequenceClassification,

@@ -39,18 +39,19 @@ def score(judge, prompts: Sequence[str], responses: Sequence[str], tokenizer=Non
     return as_scores(scores, len(texts))
 
 
-def as_scores(scores, count: int) -> torch.Tensor:
+def as_scores(scores, count: int, where: str = "score") -> torch.Tensor:
     """float32 [B] on the CPU from a list of numbers or one-element tensors, or a tensor; checked."""
     if isinstance(scores, torch.Tensor):
         scores = scores.detach().flatten().tolist()
     try:
         values = [x.item() if isinstance(x, torch.Tensor) else float(x) for x in scores]
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"score: {count} numbers wanted, one per response; got {scores!r:.80} ({error})") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{where}: {count} numbers wanted, one per response; got {scores!r:.80} ({error})") from error
     if len(values) != count:
-        raise ValueError(f"score: {count} scores wanted, one per response; got {len(values)}")
+        raise ValueError(f"{where}: {count} scores wanted, one per response; got {len(values)}")
     scores_B = torch.tensor(values, dtype=torch.float32)
-    check_finite("score", scores_B)
+    check_finite(where, scores_B)
     return scores_B
 
 

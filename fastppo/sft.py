@@ -20,8 +20,9 @@ from fastppo.models.head import checked_output_head, output_head
 from fastppo.packed_model import PackedModel
 from fastppo.packing import PackedBatch, pack
 from fastppo.sft_data import SFTCollator, prepare_dataset
-from fastppo.supervised import PackedTrainer, each_split, prepare_run
+from fastppo.supervised import PackedTrainer, check_trainer, each_split, prepare_run
 from fastppo.training_args import SupervisedConfig
+from fastppo.wanted import is_flag
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class SFTConfig(SupervisedConfig):
             "packing_strategy": PACKING_STRATEGIES,
             "loss_type": ("nll",),
         }
+        flags = ("shuffle_dataset", "packing", "padding_free", "assistant_only_loss")
+        self._check(flags, "True or False", is_flag)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"SFTConfig: {name} must be one of {allowed}; got {getattr(self, name)!r}")
@@ -104,6 +107,13 @@ class SFTTrainer(PackedTrainer):
         peft_config: Any = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
+        functions = {
+            "data_collator": data_collator,
+            "formatting_func": formatting_func,
+            "compute_metrics": compute_metrics,
+        }
+        others = {"processing_class": processing_class, "peft_config": peft_config, "optimizers": optimizers}
+        check_trainer("SFTTrainer", model=model, callbacks=callbacks, **functions, **others)
         run = prepare_run(
             SFTConfig, AutoModelForCausalLM, model, args, processing_class, quantization_config, peft_config
         )

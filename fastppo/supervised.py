@@ -17,6 +17,41 @@ from fastppo.run_folder import resolve
 from fastppo.score import NonFinite
 from fastppo.trainer_checkpoints import SafeCheckpoints
 from fastppo.training_args import SupervisedConfig, adopt
+from fastppo.wanted import check, want
+
+
+def _are_optimizers(value: Any) -> bool:
+    kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return pair and all(x is None or isinstance(x, kind) for x, kind in zip(value, kinds, strict=True))
+
+
+def _is_adapter(value: Any) -> bool:
+    from peft import PeftConfig
+
+    return isinstance(value, PeftConfig)
+
+
+_FUNCTION, _MODEL = (
+    ("a function", callable),
+    ("a model (from_pretrained loads one)", lambda x: isinstance(x, nn.Module)),
+)
+TRAINER_RULES = {
+    "model": ("a transformers model, or the name of one", lambda x: isinstance(x, str) or hasattr(x, "config")),
+    **dict.fromkeys(("ref_model", "value_model"), _MODEL),
+    "processing_class": ("a transformers tokenizer", lambda x: hasattr(x, "pad_token") or hasattr(x, "tokenizer")),
+    **dict.fromkeys(("data_collator", "compute_metrics", "formatting_func"), _FUNCTION),
+    "optimizers": ("a pair: a torch optimizer or None, a scheduler or None", _are_optimizers),
+    "callbacks": ("a list of transformers.TrainerCallback", lambda x: isinstance(x, (list, tuple))),
+    "peft_config": ("a peft.PeftConfig", _is_adapter),
+}
+
+
+def check_trainer(where: str, **given: Any) -> None:
+    """ValueError for an argument of a trainer that is not of the kind it has to be; None passes but as the model."""
+    check(where, given, TRAINER_RULES)
+    model, (wanted, holds) = given["model"], TRAINER_RULES["model"]
+    want(not isinstance(model, type) and holds(model), where, "model", wanted, model)
 
 
 class Run(NamedTuple):

@@ -1,11 +1,14 @@
 """What SFTConfig, RewardConfig and the late PPOConfig share: transformers.TrainingArguments with TRL's defaults."""
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+from fastppo.wanted import is_flag, is_number, is_whole, want
 
 
 def can_train_in_bf16(use_cpu: bool = False) -> bool:
@@ -26,11 +29,17 @@ class BaseConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be at least 1; got {value}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"{type(self).__name__}: seed must be from 0 to 2**32 - 1; got {self.seed}")
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        self._check(counts, "a whole number of at least 1", lambda x: x is None or is_whole(x, 1))
+        self._check(
+            ("dataset_num_proc",), "a whole number of at least 1, or None", lambda x: x is None or is_whole(x, 1)
+        )
+        self._check(("seed",), "a whole number from 0 to 2**32 - 1", lambda x: is_whole(x, 0) and x < 2**32)
+        self._check(("learning_rate",), "a number of at least 0", lambda x: is_number(x, 0))
+        self._check(("max_grad_norm",), "a number of at least 0, or None", lambda x: x is None or is_number(x, 0))
+        self._check(("num_train_epochs",), "a number above 0", lambda x: is_number(x, 0) and x > 0)
+        self._check(("max_steps",), "a whole number (-1: as many as the epochs have)", is_whole)
+        self._check(("bf16", "fp16"), "True, False or None", lambda x: x is None or is_flag(x))
         if self.bf16 is None:
             self.bf16 = not self.fp16 and can_train_in_bf16(self.use_cpu)
         # non-reentrant: works with frozen embeddings under an adapter and keeps the packed layout of the forward
@@ -43,6 +52,12 @@ class BaseConfig(TrainingArguments):
                 setattr(self, new, getattr(self, old))
                 setattr(self, old, None)
         super().__post_init__()
+
+    def _check(self, names: Iterable[str], wanted: str, holds: Callable[[Any], bool]) -> None:
+        """ValueError for the first of these fields that is there and is not what is wanted."""
+        for name in names:
+            if hasattr(self, name):
+                want(holds(getattr(self, name)), type(self).__name__, name, wanted, getattr(self, name))
 
 
 @dataclass
@@ -79,10 +94,7 @@ class SupervisedConfig(BaseConfig):
                 f"{type(self).__name__}: activation_offloading is not supported; packed batches without logits need "
                 "less memory, and gradient_checkpointing=True (the default) keeps activations down"
             )
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(
-                f"{type(self).__name__}: max_length must be a positive number of tokens or None; got {self.max_length}"
-            )
+        self._check(("max_length",), "a positive number of tokens or None", lambda x: x is None or is_whole(x, 1))
         super().__post_init__()
 
 
@@ -90,6 +102,8 @@ def adopt(config_class: type, args: TrainingArguments | None, model_name: str) -
     """`args` as `config_class`: as they are, rebuilt from plain TrainingArguments, or the defaults."""
     if isinstance(args, config_class):
         return args
+    if args is not None and not isinstance(args, TrainingArguments):
+        want(False, f"{config_class.__name__[:-6]}Trainer", "args", f"a {config_class.__name__} or None", args)
     if args is None:
         return config_class(output_dir=f"{model_name.rstrip('/').split('/')[-1]}-{config_class.__name__[:-6]}")
     values = args.to_dict()  # masks tokens as "<HUB_TOKEN>"

@@ -87,7 +87,7 @@ def test_a_pair_may_have_an_empty_side_and_an_empty_prompt(tmp_path):
         (dict(data=[{"prompt": 3}]), r"got \['prompt'\] \(prompt: int\)"),
         (dict(data=[{"prompt": [{"rol": "user"}]}]), "prompt: a list without {'role', 'content'} messages"),
         (dict(data=[{"input_ids": "the cat"}]), "train_dataset: input_ids must be token ids; got text"),
-        (dict(total_episodes=0), "total_episodes must be at least 1, or None; got 0"),
+        (dict(total_episodes=0), "total_episodes must be a whole number of at least 1, or None; got 0"),
     ],
 )
 def test_prompts(tmp_path, options, message):

@@ -99,6 +99,24 @@ def test_length_sampler_of_nothing():
         core.LengthSampler(2, 2)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: core.set_seed("a"), "seed must be a whole number from 0 to 2\\*\\*32 - 1; got 'a'"),
+        (lambda: core.set_seed(-1), "seed must be a whole number from 0 to .*; got -1"),
+        (lambda: core.LengthSampler(1.5, 3), "min_value must be a whole number of at least 0; got 1.5"),
+        (lambda: core.stack_dicts([]), r"stats_dicts must be a list; got \[\]"),
+        (
+            lambda: core.masked_mean(torch.ones(2, 3), torch.ones(3)),
+            r"mask must have the shape of values \(2, 3\); got \(3,\)",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_dictionaries():
     assert core.flatten_dict({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == RECORDED["flatten"]
     assert core.flatten_dict({"a": {"b": 1}}, sep=".") == {"a.b": 1}

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from late_cases import plain_update, trainer, words
-from sft_cases import make_model
+from sft_cases import make_model, make_tokenizer
 
-from fastppo.experimental.ppo import PPOConfig
+import fastppo
+from fastppo.experimental.ppo import PPOConfig, PPOTrainer
 from fastppo.experimental.ppo import ppo_trainer as module
 
 RECORDED = json.loads((Path(__file__).parent / "fixtures/trl_1_12_ppo_config.json").read_text())
@@ -35,7 +36,18 @@ def test_config_has_trls_fields_and_defaults():
         (dict(stop_token="end"), ValueError, "stop_token must be 'eos' or None"),
         (dict(kl_estimator="k4"), ValueError, "kl_estimator must be one of"),
         (dict(gamma=1.1), ValueError, "gamma must be between 0 and 1; got 1.1"),
-        (dict(num_ppo_epochs=0), ValueError, "num_ppo_epochs must be at least 1"),
+        (dict(num_ppo_epochs=0), ValueError, "num_ppo_epochs must be a whole number of at least 1; got 0"),
+        (dict(num_mini_batches=2.5), ValueError, "num_mini_batches must be a whole number of at least 1; got 2.5"),
+        (dict(response_length="a"), ValueError, "response_length must be a whole number of at least 1; got 'a'"),
+        (dict(kl_coef=float("nan")), ValueError, "kl_coef must be a number of at least 0; got nan"),
+        (dict(cliprange=-1), ValueError, "cliprange must be a number of at least 0; got -1"),
+        (dict(learning_rate="1e-5"), ValueError, "learning_rate must be a number of at least 0; got '1e-5'"),
+        (dict(per_device_train_batch_size=2.5), ValueError, "per_device_train_batch_size must be a whole number of at"),
+        (dict(policy="gpt2"), ValueError, "PPOTrainer: model must be a language model .*; got 'gpt2'"),
+        (dict(value=torch.nn.Linear), ValueError, "value_model must be a model .*; got the class Linear itself"),
+        (dict(optimizers=torch.optim.Adam), ValueError, "optimizers must be a pair: .*; got the class Adam itself"),
+        (dict(peft_config={}), ValueError, "peft_config must be a peft.PeftConfig; got {}"),
+        (dict(data=[{"input_ids": [1.5]}]), ValueError, r"input_ids'\] must be token ids; got a torch.float32 tensor"),
         (dict(num_mini_batches=3), ValueError, "multiple of `num_mini_batches`, inexact division: 8 / 3"),
         (dict(whiten_rewards=True, num_mini_batches=2), ValueError, "whiten_rewards needs mini-batches of at least 8"),
         (dict(reward=3), TypeError, "reward_model must be a sequence classifier"),
@@ -48,6 +60,14 @@ def test_config_has_trls_fields_and_defaults():
 def test_bad_options_say_what_to_do(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "args", [None, {}, fastppo.PPOConfig(batch_size=4, mini_batch_size=2)], ids=lambda args: type(args).__name__
+)
+def test_only_its_own_configuration_will_do(args):
+    with pytest.raises(ValueError, match="PPOTrainer: args must be a PPOConfig of fastppo.experimental.ppo"):
+        PPOTrainer(args, make_tokenizer(), make_model(), None, make_model("reward"), [])
 
 
 def test_same_object_as_reference_is_refused(tmp_path):

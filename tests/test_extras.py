@@ -9,6 +9,7 @@ import torch
 
 from fastppo import BestOfNSampler, TextEnvironment, TextHistory
 from fastppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from fastppo.score import NonFinite
 
 RECORDED = json.loads((Path(__file__).parent / "fixtures/trl_extras.json").read_text())
 
@@ -93,6 +94,18 @@ def test_tools_as_a_list():
 def test_environment_bad_input():
     with pytest.raises(ValueError, match="tokenizer, reward_fn must be given"):
         TextEnvironment(model=torch.nn.Linear(1, 1))
+    for options, message in (
+        ({"tools": [3]}, "tools must be functions .*; got"),
+        ({"max_turns": "a"}, "max_turns must be a whole number of at least 1; got 'a'"),
+        ({"max_tool_reponse": -1}, "max_tool_reponse must be a whole number of at least 3; got -1"),
+        ({"generation_kwargs": {"max_new_tokens": "3"}}, "max_new_tokens must be a whole number .*; got '3'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            environment([], **options)
+    with pytest.raises(ValueError, match="queries must be a list of texts; got 'abc'"):
+        environment([]).run("abc")
+    with pytest.raises(ValueError, match="tokens must be a 1-D tensor of its tokens; got 'b'"):
+        TextHistory("a", "b")
     env = environment(["a<submit>"] * 2)
     env.reward_fn = lambda texts: [1.0]
     with pytest.raises(ValueError, match="reward_fn gave 1 rewards for 2 episodes"):
@@ -198,7 +211,17 @@ def test_best_of_n_bad_input():
         sampler(model=tiny_models.causal())
     with pytest.raises(ValueError, match=r"n_candidates must be between 1 and sample_size \(5\); got 6"):
         sampler(n_candidates=6)
-    with pytest.raises(ValueError, match="gave 2 scores for 5 texts"):
+    with pytest.raises(ValueError, match="sample_size must be a whole number of at least 1; got 2.5"):
+        sampler(sample_size=2.5)
+    with pytest.raises(ValueError, match="length_sampler must be a function; got 3"):
+        sampler(length_sampler=3)
+    with pytest.raises(ValueError, match=r"length_sampler\(\) must be a whole number of at least 1; got 0"):
+        sampler(length_sampler=lambda: 0).generate([5, 9])
+    with pytest.raises(ValueError, match="tokenized_query must be token ids: .*; got 'hello'"):
+        sampler().generate("hello")
+    with pytest.raises(NonFinite, match="queries_to_scores.* is nan"):
+        sampler(queries_to_scores=lambda texts: [float("nan")] * len(texts)).generate([5, 9])
+    with pytest.raises(ValueError, match="queries_to_scores: 5 scores wanted, one per response; got 2"):
         sampler(queries_to_scores=lambda texts: [0.0, 1.0]).generate([5, 9])
     with pytest.raises(ValueError, match="tokenized_query is empty"):
         sampler().generate([])

@@ -175,6 +175,64 @@ def test_unknown_and_wrong_arguments(model):
         Generator(model, num_blocks=2, block_size=4).generate([prompt], max_new_tokens=9)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        # 2.5 was a float64 array where C++ reads int64: it wrote past the end of its memory
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, or a list .*; got 2.5"),
+        ({"max_new_tokens": "3"}, "max_new_tokens must be a whole number .*; got '3'"),
+        ({"max_new_tokens": [2.5]}, r"max_new_tokens must be .* list with one per prompt; got \[2.5\]"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number .*; got True"),
+        ({"min_new_tokens": "3"}, "min_new_tokens must be a whole number; got '3'"),
+        ({"max_length": 2.5, "max_new_tokens": None}, "max_length must be a whole number of at least 1; got 2.5"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token id or a list of them .*; got 'x'"),
+        ({"eos_token_id": [2.5]}, r"eos_token_id must be .*; got \[2.5\]"),
+        ({"pad_token_id": "x"}, "pad_token_id must be a whole number; got 'x'"),
+        ({"seed": "a"}, "seed must be None or a whole number; got 'a'"),
+        ({"first_prompt": -1}, "first_prompt must be a whole number of at least 0; got -1"),
+        ({"logits_processor": 3}, r"logits_processor must be a list of functions .*; got 3"),
+        ({"stopping_criteria": [3]}, r"stopping_criteria must be a list of functions .*; got \[3\]"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be a whole number of at least 1; got 0"),
+        ({"do_sample": "false"}, "do_sample must be True or False; got 'false'"),
+        ({"temperature": "1", "do_sample": True}, "temperature must be a number; got '1'"),
+        ({"top_k": 2.5, "do_sample": True}, "top_k must be a whole number; got 2.5"),
+        ({"num_beams": 2.5}, "num_beams must be a whole number of at least 1; got 2.5"),
+        ({"stop_strings": [3]}, r"stop_strings must be a text or a list of texts; got \[3\]"),
+        ({"generation_config": {}}, "generation_config must be a transformers GenerationConfig; got {}"),
+        ({"tokenizer": "gpt2"}, "tokenizer must be a transformers tokenizer; got 'gpt2'"),
+        ({"prompts": ["hello"]}, "prompt 0 must be a 1-D integer tensor of token ids .*; got 'hello'"),
+        ({"prompts": [None]}, "prompt 0 must be a 1-D integer tensor of token ids .*; got None"),
+        ({"prompts": [torch.tensor([True])]}, "prompt 0 must be a 1-D integer tensor .*; got torch.bool"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_wrong_kind(model, given, message):
+    given = {"prompts": [torch.tensor([5, 6])], "max_new_tokens": 2} | given
+    with pytest.raises(ValueError, match=message):
+        Generator(model).generate(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "gpt2"}, r"model must be a transformers language model \(from_pretrained loads one\); got 'gpt2'"),
+        ({"model": torch.nn.Linear(2, 2)}, "model must be a transformers language model .*; got a Linear"),
+        ({"tokenizer": "gpt2"}, "tokenizer must be None or a transformers tokenizer; got 'gpt2'"),
+        ({"share_prefixes": "no"}, "share_prefixes must be True or False; got 'no'"),
+        ({"num_blocks": True}, "num_blocks must be a positive int; got True"),
+    ],
+)
+def test_a_generator_of_the_wrong_kind(model, given, message):
+    with pytest.raises(ValueError, match=f"Generator: {message}"):
+        Generator(**{"model": model} | given)
+
+
+def test_a_models_own_generation_config_is_looked_at(model, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", 2.5)
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number .*; got 2.5"):
+        Generator(model).generate([torch.tensor([5, 6])])
+
+
 def test_beams_go_to_model_generate_and_say_so_once(model, caplog):
     prompts = make_prompts()[:2]
     generator = Generator(model)

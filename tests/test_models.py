@@ -296,6 +296,23 @@ def test_from_pretrained_bad_input():
         load(tiny_models.causal(), device_map="auto")
     with pytest.raises(ValueError, match="use AutoModelForSeq2SeqLMWithValueHead"):
         load(tiny_models.seq2seq())
+    with pytest.raises(
+        ValueError, match="pretrained_model must be a transformers or PEFT language model .*; got 'gpt2'"
+    ):
+        AutoModelForCausalLMWithValueHead("gpt2")
+    with pytest.raises(TypeError, match="arguments that it does not know: v_head_rang"):
+        AutoModelForCausalLMWithValueHead(tiny_models.causal(), v_head_rang=0.1)
+    with pytest.raises(ValueError, match="v_head_initializer_range must be a number of at least 0; got 'a'"):
+        load(tiny_models.causal(), v_head_initializer_range="a")
+    with pytest.raises(FileNotFoundError, match="there is no folder ./models/gpt2x"):
+        load("./models/gpt2x")
+
+
+def test_saving_where_a_file_is(tmp_path):
+    """transformers logs an error and returns: the weights would not be written, and nobody the wiser."""
+    (tmp_path / "policy").write_text("")
+    with pytest.raises(NotADirectoryError, match="policy is a file; wanted a folder"):
+        wrap("llama").save_pretrained(tmp_path / "policy")
 
 
 def test_load_in_8bit_without_bitsandbytes(tmp_path, monkeypatch):
@@ -434,6 +451,10 @@ def test_shared_layers_are_found_in_other_architectures(name):
 
 def test_shared_layers_bad_input():
     model = wrap("llama")
+    with pytest.raises(ValueError, match=r"model must be a model \(from_pretrained loads one by name\); got 'gpt2'"):
+        create_reference_model("gpt2")
+    with pytest.raises(ValueError, match="num_shared_layers must be None or a whole number of at least 0; got '2'"):
+        create_reference_model(model, num_shared_layers="2")
     with pytest.raises(ValueError, match=r"no layer 7 of .*pretrained_model.model.layers.\{layer\} \(2 layers\)"):
         create_reference_model(model, num_shared_layers=7)
     with pytest.raises(ValueError, match=r"no layer 1 of blocks.\{layer\}"):

@@ -85,6 +85,19 @@ def init(**changes):
         ({"tokenizer": None}, "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or"),
         ({"dataset": [1]}, "dataset must be a torch.utils.data.Dataset or datasets.Dataset"),
         ({"lr_scheduler": 3}, "lr_scheduler must be a torch.optim.lr_scheduler"),
+        (
+            {"optimizer": torch.optim.Adam},
+            "optimizer must be None or .* over the model's parameters; got the class Adam itself",
+        ),
+        ({"optimizer": 0}, "optimizer must be None or a torch.optim.Optimizer .*; got 0"),
+        ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, "holds none of the model's parameters"),
+        (
+            {"lr_scheduler": torch.optim.lr_scheduler.ConstantLR(torch.optim.Adam([torch.zeros(1)]))},
+            "another optimizer",
+        ),
+        ({"data_collator": 3}, "data_collator must be None or a function of a list of rows; got 3"),
+        ({"training_data_collator": "x"}, "training_data_collator must be None or a function"),
+        ({"num_shared_layers": 1.5}, "num_shared_layers must be None or a whole number of at least 0; got 1.5"),
         ({"config": PPOConfig(push_to_hub_if_best_kwargs={"a": 1})}, "You have to specify repo_id"),
     ],
 )
@@ -92,6 +105,14 @@ def test_init_refuses(changes, message):
     with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
         warnings.simplefilter("ignore")
         init(**changes)
+
+
+def test_a_model_that_cannot_be_its_own_reference_and_one_that_cannot_learn():
+    model = trainer(fastppo, {}).model
+    with pytest.raises(ValueError, match="ref_model is the model itself: the KL between them would always be 0"):
+        init(model=model, ref_model=model)
+    with pytest.raises(ValueError, match="model has no parameter that trains"):
+        init(model=model.requires_grad_(False))
 
 
 def test_init_warns():
@@ -115,6 +136,15 @@ def test_init_warns():
         (lambda q, r, s: ([torch.tensor([], dtype=torch.long), *q[1:]], r, s), r"queries\[0\] is empty"),
         (lambda q, r, s: (q, [x[:0] for x in r], s), "every response is empty"),
         (lambda q, r, s: (q, r, s, [torch.ones(1)] * 4), r"masks\[0\] must have the shape of its response"),
+        (
+            lambda q, r, s: (q, r, s, [torch.full(x.shape, 0.5) for x in r]),
+            r"masks\[0\] must be 1 where a token counts",
+        ),
+        (
+            lambda q, r, s: ([x.bool() for x in q], r, s),
+            r"queries\[0\] must be a 1-D tensor of token ids, got torch.bool",
+        ),
+        (lambda q, r, s: (q, r, [x.to(torch.complex64) for x in s]), r"scores\[0\] must be a real number; got"),
         (lambda q, r, s: ([q[0].float(), *q[1:]], r, s), r"queries\[0\] must be a 1-D tensor of token ids"),
     ],
 )
@@ -124,7 +154,61 @@ def test_step_refuses(made, spoil, message):
         made.step(*spoil(queries, responses, scores))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"query_tensor": ["hello"]}, r"query_tensor\[0\] must be a 1-D tensor of token ids .*; got 'hello'"),
+        ({"query_tensor": [[5, 6]]}, r"query_tensor\[0\] must be a 1-D tensor .*; got \[5, 6\]"),
+        ({"length_sampler": 3}, "length_sampler must be a function; got 3"),
+        ({"length_sampler": lambda: 0}, r"length_sampler\(\) must be a whole number of at least 1; got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number of at least 1; got 2.5"),
+        ({"return_prompt": "no"}, "return_prompt must be True or False; got 'no'"),
+        ({"generate_ref_response": 2}, "generate_ref_response must be True or False; got 2"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number .*; got 2.5"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token id or a list of them .*; got 'x'"),
+    ],
+)
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_generate_refuses(model, given, message):
+    given = {"query_tensor": [torch.tensor([5, 6])], "max_new_tokens": 2} | given
+    with pytest.raises(ValueError, match=message):
+        trainer(fastppo, {"model": model}).generate(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stats": {}}, "stats must be the dictionary that step"),
+        ({"batch": None}, "batch must be a dictionary with the columns of the batch; got None"),
+        ({"rewards": None}, "rewards must be a list of numbers, one per sequence, as handed to step"),
+        ({"rewards": []}, "rewards must be a list of numbers"),
+        ({"rewards": ["a"]}, r"rewards\[0\] must be a number; got 'a'"),
+        ({"rewards": torch.ones(2, 2)}, r"rewards\[0\] must be a number; got a torch.float32 tensor of shape \(2,\)"),
+        ({"columns_to_log": "query"}, "columns_to_log must be a list of column names; got 'query'"),
+    ],
+)
+def test_log_stats_refuses(made, changes, message):
+    given = {"stats": {"objective/kl": 0.0}, "batch": {"query": ["a"], "response": ["b"]}, "rewards": [1.0]}
+    made.log_stats(**given)
+    with pytest.raises(ValueError, match=message):
+        made.log_stats(**given | changes)
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("input_ids", "dataset has 3 rows, fewer than batch_size .4."),
+        ("story", "none of its columns is an input of the"),
+    ],
+)
+def test_a_dataset_that_makes_no_batch_is_refused(column, message):
+    from datasets import Dataset
+
+    with pytest.raises(ValueError, match=message):
+        init(dataset=Dataset.from_dict({column: [[1]] * 3}))
 
 
 @pytest.mark.parametrize("keep", [True, False])

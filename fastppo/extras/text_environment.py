@@ -14,6 +14,25 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fastppo.extras.text_history import TextHistory
+from fastppo.generation.arguments import check_arguments
+from fastppo.wanted import are_callables, check, is_whole, want
+
+
+def _are_tools(tools: Any) -> bool:
+    return are_callables(list(tools.values()) if isinstance(tools, Mapping) else tools)
+
+
+_AT_LEAST_1 = ("a whole number of at least 1", lambda x: is_whole(x, 1))
+_RULES = {
+    "model": ("a value-head model, or one with generate()", lambda x: hasattr(x, "generate") or hasattr(x, "module")),
+    "tokenizer": ("a transformers tokenizer", lambda x: hasattr(x, "batch_decode")),
+    "reward_fn": ("a function of the last segments", callable),
+    "tools": ("functions (text -> text), in a list or by name in a dictionary", _are_tools),
+    "prompt": ("a text", lambda x: isinstance(x, str)),
+    **dict.fromkeys(("max_turns", "max_length"), _AT_LEAST_1),
+    "max_tool_reponse": ("a whole number of at least 3", lambda x: is_whole(x, 3)),
+    "generation_kwargs": ("a dictionary", lambda x: isinstance(x, Mapping)),
+}
 
 
 class TurnEnd(StoppingCriteria):
@@ -67,6 +86,10 @@ class TextEnvironment:
         needed = {"model": model, "tokenizer": tokenizer, "reward_fn": reward_fn}
         if missing := [name for name, value in needed.items() if value is None]:
             raise ValueError(f"TextEnvironment: {', '.join(missing)} must be given")
+        sizes = {"max_turns": max_turns, "max_length": max_length, "max_tool_reponse": max_tool_reponse}
+        others = {"prompt": prompt, "tools": tools, "generation_kwargs": generation_kwargs}
+        check("TextEnvironment", needed | sizes | others, _RULES)
+        check_arguments(generation_kwargs or {})
         self.model = model
         self.tokenizer = tokenizer
         self.prompt = prompt or ""
@@ -89,6 +112,10 @@ class TextEnvironment:
 
         masks: 1 on the tokens of a response that the model wrote; hand them to PPOTrainer.step as response_masks.
         """
+        good = (
+            isinstance(queries, Sequence) and not isinstance(queries, str) and all(isinstance(q, str) for q in queries)
+        )
+        want(good, "TextEnvironment.run", "queries", "a list of texts", queries)
         histories = []
         for query in queries:
             text = self.prompt + query
@@ -145,6 +172,7 @@ class TextEnvironment:
     def compute_reward(self, histories: list[TextHistory], **reward_kwargs) -> list[TextHistory]:
         """reward_fn on the last segment of every history."""
         rewards = self.reward_fn([history.last_text_segment for history in histories], **reward_kwargs)
+        want(hasattr(rewards, "__len__"), "TextEnvironment", "what reward_fn gives", "a list of rewards", rewards)
         if len(rewards) != len(histories):
             raise ValueError(f"TextEnvironment: reward_fn gave {len(rewards)} rewards for {len(histories)} episodes")
         for history, reward in zip(histories, rewards, strict=True):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastppo.wanted import want
+
 
 class TextHistory:
     """Segments of the system (prompt, tool answers) and of the model, in turn.
@@ -21,7 +23,7 @@ class TextHistory:
         self.text_spans: list[tuple[int, int]] = []
         self.token_spans: list[tuple[int, int]] = []
         self.text = ""
-        self.tokens = tokens[:0]
+        self.tokens = tokens[:0] if isinstance(tokens, Tensor) else torch.zeros(0, dtype=torch.int64)
         self.token_masks = torch.zeros_like(self.tokens)
         self.completed = False
         self.truncated = False
@@ -29,6 +31,14 @@ class TextHistory:
         self.append_segment(text, tokens, system=system)
 
     def append_segment(self, text: str, tokens: Tensor, system: bool = True) -> None:
+        want(isinstance(text, str), "TextHistory", "text", "a text", text)
+        want(
+            isinstance(tokens, Tensor) and tokens.dim() == 1,
+            "TextHistory",
+            "tokens",
+            "a 1-D tensor of its tokens",
+            tokens,
+        )
         if len(text) == 0 or len(tokens) == 0:
             raise ValueError(f"Can't append empty text or token list to history: {text!r} with {len(tokens)} tokens")
         self.text_spans.append((len(self.text), len(self.text) + len(text)))

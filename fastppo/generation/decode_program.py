@@ -80,7 +80,7 @@ class DecodeProgram:
         """
         program, (B, M) = self._program, state.block_tables_BM.shape
         tokens_SB, counts_B = torch.zeros(steps, B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
-        numbers_3SB, left_B = torch.zeros(3, steps, B), torch.tensor(left)
+        numbers_3SB, left_B = torch.zeros(3, steps, B), torch.tensor(left, dtype=torch.int64)
         hidden_SBD = torch.empty(steps, B, program.sizes[program.hidden]) if keep_hidden else None
         arrays = (state.tokens_B, state.positions_B, state.seeds_B, left_B, state.block_tables_BM)
         arrays += (tokens_SB, counts_B, numbers_3SB)

@@ -11,6 +11,7 @@ from fastppo import attention
 from fastppo.attention.paged import KVCache
 from fastppo.data import Rollout
 from fastppo.generation import fallback
+from fastppo.generation.arguments import check_arguments, limits_of
 from fastppo.generation.block_manager import BlockManager
 from fastppo.generation.cuda_graphs import DecodeGraphs
 from fastppo.generation.fast_path import program_for
@@ -24,6 +25,7 @@ from fastppo.generation.sampler import Sampler
 from fastppo.generation.scheduler import Scheduler
 from fastppo.generation.sequence import Sequence, group_equal_prompts
 from fastppo.generation.stopping import Stopping
+from fastppo.wanted import is_flag, is_whole, want
 
 log = logging.getLogger(__name__)
 _MASK64 = (1 << 64) - 1
@@ -61,8 +63,14 @@ class Generator:
         sizes = {"block_size": block_size, "max_num_seqs": max_num_seqs, "num_blocks": num_blocks}
         sizes |= {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_bytes": kv_cache_bytes}
         for name, x in sizes.items():
-            if x is not None and (not isinstance(x, int) or x < 1):
-                raise ValueError(f"Generator: {name} must be a positive int; got {x!r}")
+            want(x is None or is_whole(x, 1), "Generator", name, "a positive int", x)
+        flags = {"share_prefixes": share_prefixes, "cuda_graphs": cuda_graphs, "batch_invariant": batch_invariant}
+        for name, x in flags.items():
+            want(is_flag(x), "Generator", name, "True or False", x)
+        good = isinstance(model, nn.Module) and hasattr(attention.unwrap(model), "generation_config")
+        want(good, "Generator", "model", "a transformers language model (from_pretrained loads one)", model)
+        good = tokenizer is None or hasattr(tokenizer, "decode")
+        want(good, "Generator", "tokenizer", "None or a transformers tokenizer", tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.block_size, self.share_prefixes = block_size, share_prefixes and not batch_invariant
         self.batch_invariant = batch_invariant
@@ -94,20 +102,21 @@ class Generator:
         its index and its prompt, not on the rest of the batch.   logprob_temperature: divides the logits in
         `logprobs_BT` and `entropies_BT` (the policy that PPO trains).   first_prompt: index of the first prompt, where these
         are a part of a larger batch.
-        Raises ValueError for a prompt-learning adapter, an empty or malformed prompt, an unknown argument (naming the nearest), a length beyond the
-        model's positions, or a KV cache that can't hold one sequence.
+        Raises ValueError for a prompt-learning adapter, an empty or malformed prompt, an unknown argument (naming the nearest), one of
+        the wrong kind, a length beyond the model's positions, or a KV cache that can't hold one sequence.
         """
         refuse_prompt_learning(self.model)
         inner = attention.unwrap(self.model)
-        limits = generation_kwargs.get("max_new_tokens")
-        if isinstance(limits, (list, tuple, torch.Tensor)):
-            limits = [int(x) for x in limits]
-            generation_kwargs["max_new_tokens"] = max(limits, default=1)
+        own = {"seed": seed, "first_prompt": first_prompt, "logprob_temperature": logprob_temperature}
+        check_arguments(generation_kwargs | own)
+        limits = limits_of(generation_kwargs.get("max_new_tokens"))
+        if limits is not None:
+            generation_kwargs["max_new_tokens"] = max(limits) if isinstance(limits, list) else limits
         params = resolve(inner, self.tokenizer, generation_kwargs, logprob_temperature)
         prompts = checked(prompts, inner)
         n = params.num_return_sequences
         limits = new_token_limits(prompts, params, limits if isinstance(limits, list) else None)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        seed = int(torch.randint(2**62, ()) if seed is None else seed)
         with _eval_mode(self.model), torch.no_grad():
             if self._layers is None and not params.slow:
                 self._layers = probe(inner)

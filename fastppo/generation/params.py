@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
+from fastppo.generation.arguments import check_arguments
 from fastppo.kernels.sampling import SamplingOptions
 
 # fields that need transformers' processors, with the values that switch them off (as does None)
@@ -89,9 +92,11 @@ def resolve(model, tokenizer, generation_kwargs: dict[str, Any], logprob_tempera
     sources = (given.get("max_length"), getattr(given_config, "max_length", None), model.generation_config.max_length)
     if config.max_new_tokens is None and all(x is None for x in sources):
         config.max_new_tokens = 20  # transformers' default, where nobody gave a length
+    check_arguments(vars(config))  # a model's own generation_config.json can be as wrong
     tokenizer = arguments.pop("tokenizer", None) or tokenizer
     eos = config.eos_token_id
-    eos = tuple(int(x) for x in (eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]) if x >= 0)
+    eos = torch.as_tensor([] if eos is None else eos).reshape(-1).tolist()
+    eos = tuple(x for x in eos if x >= 0)
     return GenerationParams(
         config,
         arguments | ({"tokenizer": tokenizer} if tokenizer is not None else {}),

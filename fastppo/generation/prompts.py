@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastppo.generation.params import GenerationParams
+from fastppo.wanted import want
 
 
 def refuse_prompt_learning(model: nn.Module) -> None:
@@ -30,9 +31,12 @@ def checked(prompts, model) -> list[torch.Tensor]:
             f"generate: prompts must be a non-empty list of 1-D int64 tensors; got {type(prompts).__name__}"
         )
     checked = []
-    for i, prompt in enumerate(prompts):
-        prompt = torch.as_tensor(prompt)
-        if prompt.dim() != 1 or prompt.is_floating_point() or len(prompt) == 0:
+    for i, given in enumerate(prompts):
+        try:
+            prompt = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):  # texts, None, lists of unequal lengths
+            want(False, "generate", f"prompt {i}", "a 1-D integer tensor of token ids (a tokenizer makes them)", given)
+        if prompt.dim() != 1 or prompt.is_floating_point() or prompt.dtype == torch.bool or len(prompt) == 0:
             got = f"{prompt.dtype} {tuple(prompt.shape)}"
             raise ValueError(f"generate: prompt {i} must be a 1-D integer tensor with at least one token; got {got}")
         if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fastppo.models.value_head import VALUE_HEAD_ARGUMENTS, ValueHead
 from fastppo.models.wrapper import PreTrainedModelWrapper
+from fastppo.wanted import want
 
 
 class _LanguageModelWithValueHead(PreTrainedModelWrapper):
@@ -14,6 +15,9 @@ class _LanguageModelWithValueHead(PreTrainedModelWrapper):
     _takes_encoder_decoder = False
 
     def __init__(self, pretrained_model, **kwargs):
+        good = isinstance(pretrained_model, self.supported_pretrained_model_architectures)
+        wanted = "a transformers or PEFT language model (from_pretrained loads one by name)"
+        want(good, type(self).__name__, "pretrained_model", wanted, pretrained_model)
         head_kwargs = {name: kwargs.pop(name) for name in self.supported_args if name in kwargs}
         super().__init__(pretrained_model, **kwargs)
         self._check_model()

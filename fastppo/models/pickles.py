@@ -1,6 +1,7 @@
 """Weights from outside come from safetensors: reading a pickle can run what its author put into it."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,17 @@ def refused(file: str, how: str = "allow_pickle=True") -> OSError:
     )
 
 
+def check_folder(source: Any) -> None:
+    """FileNotFoundError for what is written like a path and is none: transformers would look for it on the hub."""
+    name = str(source)
+    if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not os.path.exists(name):
+        raise FileNotFoundError(f"from_pretrained: there is no folder {name}")
+
+
 @contextlib.contextmanager
 def safetensors_only(source: Any, allowed: bool, how: str = "allow_pickle=True") -> Iterator[dict[str, Any]]:
     """The keywords that keep transformers from pickles (none where they are allowed); its error then says what to do."""
+    check_folder(source)
     with damage_told(source):
         if allowed:
             yield {}

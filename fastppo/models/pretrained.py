@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastppo.models.checkpoint import finder
-from fastppo.models.pickles import refused, safetensors_only
+from fastppo.models.pickles import check_folder, refused, safetensors_only
 from fastppo.quantized import prepare_for_adapter
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def split_kbit_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 def load_by_name(auto_class, source: Source, *model_args):
     """The model called source.path_or_id: plain, with the adapter found there, or with a new one from peft_config."""
+    check_folder(source.path_or_id)
     _resolve_quantization(source.model_kwargs)
     if _adapter_config_file(source) is not None:
         if source.peft_config is not None:

@@ -4,6 +4,8 @@ import copy
 
 from torch import nn
 
+from fastppo.wanted import is_whole, want
+
 # where decoder layers live, by name; {layer} is the index. Other architectures are found by their list of layers.
 LAYER_PATTERNS = [
     "transformer.h.{layer}",
@@ -21,8 +23,14 @@ def create_reference_model(model: nn.Module, num_shared_layers: int | None = Non
         uses the very same storage for them. None shares nothing.
     pattern: module name of a layer with {layer} for its index, e.g. "transformer.h.{layer}"; None finds it.
 
-    Raises ValueError when no layer num_shared_layers exists, or under DeepSpeed ZeRO-3, whose parameters are sharded away.
+    Raises ValueError for a model by name, when no layer num_shared_layers exists, or under DeepSpeed ZeRO-3, whose parameters are sharded away.
     """
+    where = "create_reference_model"
+    want(isinstance(model, nn.Module), where, "model", "a model (from_pretrained loads one by name)", model)
+    good = num_shared_layers is None or is_whole(num_shared_layers, 0)
+    want(good, where, "num_shared_layers", "None or a whole number of at least 0", num_shared_layers)
+    good = pattern is None or isinstance(pattern, str) and "{layer}" in pattern
+    want(good, where, "pattern", "None or the name of a layer with {layer} in it", pattern)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             "create_reference_model: DeepSpeed ZeRO-3 has sharded the parameters away, so they cannot be copied. "

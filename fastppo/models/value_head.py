@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from fastppo.wanted import is_number, want
+
 VALUE_HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 INIT_STRATEGIES = (None, "normal")
 
@@ -35,6 +37,7 @@ class ValueHead(nn.Module):
     def __init__(self, config, **kwargs):
         super().__init__()
         dropout_prob = getattr(config, "summary_dropout_prob", kwargs.pop("summary_dropout_prob", 0.1))
+        want(is_number(dropout_prob, 0, 1), "ValueHead", "summary_dropout_prob", "a number from 0 to 1", dropout_prob)
         self.dropout = nn.Dropout(dropout_prob) if dropout_prob else nn.Identity()
         self.summary = nn.Linear(hidden_size_of(config), 1)
 
@@ -44,6 +47,8 @@ class ValueHead(nn.Module):
         return self.summary(self.dropout(hidden_states).to(device=weight.device, dtype=weight.dtype))
 
     def init_weights(self, v_head_initializer_range: float = 0.2, v_head_init_strategy: str | None = None) -> None:
+        good = is_number(v_head_initializer_range, 0)
+        want(good, "ValueHead", "v_head_initializer_range", "a number of at least 0", v_head_initializer_range)
         if v_head_init_strategy not in INIT_STRATEGIES:
             raise ValueError(f"v_head_init_strategy: one of {INIT_STRATEGIES} wanted; got {v_head_init_strategy!r}")
         if v_head_init_strategy == "normal":

@@ -37,6 +37,8 @@ class PreTrainedModelWrapper(nn.Module):
     def __init__(
         self, pretrained_model=None, score_module=None, supports_rm_adapter=False, rm_adapter_name=None, **kwargs
     ):
+        if kwargs:
+            raise TypeError(f"{type(self).__name__} got arguments that it does not know: {', '.join(kwargs)}")
         super().__init__()
         self.pretrained_model = keep_differentiable(pretrained_model)
         self.is_sequential_parallel = False
@@ -171,6 +173,8 @@ class PreTrainedModelWrapper(nn.Module):
         Under FSDP2 every process must call it: whole tensors are gathered, the first process writes.
         kwargs go to the wrapped model's save_pretrained; with push_to_hub, also token and HUB_ARGUMENTS.
         """
+        if isinstance(save_directory, (str, os.PathLike)) and os.path.isfile(save_directory):
+            raise NotADirectoryError(f"save_pretrained: {save_directory} is a file; wanted a folder to write to")
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         if not kwargs.pop("safe_serialization", True):
             logger.warning("save_pretrained: safe_serialization=False is not done any more: safetensors are written")

@@ -7,6 +7,7 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from fastppo import distributed, gathering
 from fastppo.trainer import checks, columns, hub, setup, state, tracking
+from fastppo.wanted import want
 
 
 class BaseTrainer(PyTorchModelHubMixin):
@@ -18,6 +19,7 @@ class BaseTrainer(PyTorchModelHubMixin):
         """Shuffled batches of config.batch_size rows; a shorter last batch is dropped."""
         if checks.is_hf_dataset(dataset):
             dataset = self._remove_unused_columns(dataset)
+        columns.check_length(dataset, self.config.batch_size)
         return columns.dataloader(dataset, self.config.batch_size, data_collator)
 
     def _set_signature_columns_if_needed(self):
@@ -46,7 +48,11 @@ class BaseTrainer(PyTorchModelHubMixin):
         }
 
     def log_stats(self, stats, batch, rewards, columns_to_log=("query", "response")):
-        """Send the statistics of a step to config.log_with; rewards: the scores as handed to step()."""
+        """Send the statistics of a step to config.log_with; rewards: the scores as handed to step().
+
+        stats: what step() returned.   batch: a dictionary with the columns_to_log (texts, for wandb's table).
+        """
+        checks.check_log_stats(stats, batch, rewards, columns_to_log)
         if not isinstance(rewards, torch.Tensor):
             rewards = torch.tensor([float(r) for r in rewards], device=self.current_device)
         # a process may have fewer
@@ -72,6 +78,7 @@ class BaseTrainer(PyTorchModelHubMixin):
 
         With many processes, all may call it (and must where parameters are sharded: FSDP2, ZeRO-3); the first one writes.
         """
+        want(str(save_directory) != "", "save_pretrained", "save_directory", "the name of a folder", save_directory)
         if self.accelerator.is_main_process:
             # not the mixin's own choice, a copy of the PPOConfig: a plugin in accelerator_kwargs can't always be copied
             kwargs["config"] = kwargs.get("config") or {}

@@ -20,6 +20,20 @@ def remove_unused_columns(dataset, columns: list[str]):
     return dataset.remove_columns([name for name in dataset.column_names if name not in columns])
 
 
+def check_length(dataset, batch_size: int) -> None:
+    """ValueError for a dataset that makes no batch (a loop over the dataloader would do nothing, in silence)."""
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    if rows is None or rows >= batch_size:
+        return
+    kept = getattr(dataset, "column_names", True)
+    why = (
+        ""
+        if kept
+        else ": none of its columns is an input of the model, a label, query or response (remove_unused_columns=False keeps all)"
+    )
+    raise ValueError(f"dataset has {rows} rows, fewer than batch_size ({batch_size}), so it makes no batch{why}")
+
+
 class EpochSampler(torch.utils.data.RandomSampler):
     """RandomSampler (the same draws from the same generator) whose order can be made again: seed of the epoch, rows taken."""
 

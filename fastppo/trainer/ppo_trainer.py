@@ -30,7 +30,8 @@ class PPOTrainer(BaseTrainer):
     `model` without its adapters.   tokenizer: pads queries and responses.   dataset, data_collator: for `.dataloader`.
     optimizer: default Adam.   num_shared_layers: layers that the copied reference shares with the model.
     lr_scheduler: stepped once per step().   training_data_collator: pads training batches (then always padded).
-    Raises ValueError for an argument of the wrong type.
+    Raises ValueError for an argument of the wrong type, a reference that is the model itself, and an optimizer or scheduler of
+    something else.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class PPOTrainer(BaseTrainer):
         training_data_collator=None,
     ):
         checks.check_init(config, model, ref_model, tokenizer, dataset, num_shared_layers)
-        checks.check_scheduler(lr_scheduler)
+        checks.check_optimizer(model, optimizer, lr_scheduler)
+        checks.check_collators(data_collator=data_collator, training_data_collator=training_data_collator)
         set_seed(config.seed)
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.dataset, self._signature_columns = dataset, None
@@ -61,7 +63,9 @@ class PPOTrainer(BaseTrainer):
         self.ref_model = setup.reference(model, ref_model, num_shared_layers)
         self.optional_peft_ctx = model.pretrained_model.disable_adapter if self.is_peft_model else nullcontext
         self.model_params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optimizer or setup.default_optimizer(self.model_params, config.learning_rate)
+        self.optimizer = optimizer
+        if optimizer is None:
+            self.optimizer = setup.default_optimizer(self.model_params, config.learning_rate)
         self.lr_scheduler = lr_scheduler
         self.kl_ctl = setup.kl_controller(config)
         self.data_collator = training_data_collator or setup.default_collator(tokenizer)
@@ -96,7 +100,9 @@ class PPOTrainer(BaseTrainer):
         (always left out for an encoder-decoder). generate_ref_response: also the reference's -> (responses, ref_responses).
         generation_kwargs: as for transformers' generate.
         """
-        models = [self.model] + [self.ref_model or self.model] * generate_ref_response
+        flags = {"return_prompt": return_prompt, "generate_ref_response": generate_ref_response}
+        checks.check_generate(query_tensor, length_sampler, batch_size, **flags)
+        models = [self.model] + [self.ref_model or self.model] * bool(generate_ref_response)
         results = []
         for model in models:
             context = self.optional_peft_ctx if results else nullcontext
@@ -234,11 +240,13 @@ class PPOTrainer(BaseTrainer):
 
     def prepare_model_inputs(self, queries, responses):
         """Padded input_ids and attention_mask of query + response (encoder and decoder inputs apart)."""
+        checks.check_pairs("PPOTrainer.prepare_model_inputs", queries, responses)
         return experience.collate(queries, responses, self.data_collator, self.is_encoder_decoder, self.current_device)
 
     @PPODecorators.empty_device_cache()
     def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False, response_masks=None):
         """(log-probs, logits or None, values, masks), [B, T] each, in chunks of config.mini_batch_size."""
+        checks.check_pairs("PPOTrainer.batched_forward_pass", queries, responses)
         with update.eval_mode(model):
             return experience.padded_forward(
                 model,
@@ -312,6 +320,8 @@ class PPOTrainer(BaseTrainer):
     def record_step_stats(self, kl_coef, **data):
         """Statistics of one step as tensors; data: what step() hands over (see _statistics)."""
         names = ("masks", "kls", "logprobs", "ref_logprobs", "non_score_reward", "scores")
+        if missing := [name for name in (*names, "queries", "responses", "train_stats") if name not in data]:
+            raise ValueError(f"PPOTrainer.record_step_stats: {', '.join(missing)} must be given")
         stats = metrics.objective_stats(kl_coef, **{name: data[name] for name in names})
         stats |= metrics.length_stats(data["queries"], data["responses"])
         for name, values in data["train_stats"].items():

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 
 from fastppo import distributed
+from fastppo.generation.arguments import check_arguments
 from fastppo.update import eval_mode
+from fastppo.wanted import is_whole, want
 
 
 class Shape(NamedTuple):
@@ -64,9 +66,13 @@ def batched(trainer, model, query_tensors, length_sampler, batch_size, return_pr
     starts = range(0, len(queries), batch_size)
     chunks = [queries[start : start + batch_size] for start in starts]
     if length_sampler is not None:
-        options["max_new_tokens"] = [length_sampler() for _ in starts]
+        options["max_new_tokens"] = [_drawn(length_sampler()) for _ in starts]
+    elif "max_new_tokens" in options:
+        wanted = "a whole number of at least 1 (length_sampler draws one per batch)"
+        want(is_whole(options["max_new_tokens"], 1), "generate", "max_new_tokens", wanted, options["max_new_tokens"])
     if not trainer.is_encoder_decoder:
         return sampled(trainer, model, chunks, shape, options)
+    check_arguments(options)
     outputs, lengths = [], options.pop("max_new_tokens", None)
     with eval_mode(model):
         for i, chunk in enumerate(chunks):
@@ -74,6 +80,11 @@ def batched(trainer, model, query_tensors, length_sampler, batch_size, return_pr
             extra = {} if length is None else {"max_new_tokens": length}
             outputs += encoder_decoder(trainer, model, chunk, shape, options | extra)
     return outputs
+
+
+def _drawn(length) -> int:
+    want(is_whole(length, 1), "PPOTrainer.generate", "length_sampler()", "a whole number of at least 1", length)
+    return int(length)
 
 
 def sampled(trainer, model, chunks, shape: Shape, options) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any, Literal
 
 from fastppo.training_args import BaseConfig
+from fastppo.wanted import is_flag, is_number, is_whole
 
 KL_ESTIMATORS = ("k1", "k3")
 OLD_LOGPROBS = ("rollout", "recompute")
@@ -102,23 +103,20 @@ class PPOConfig(BaseConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"PPOConfig: {name} must be one of {allowed}; got {getattr(self, name)!r}")
-        for name in ("deterministic", "whiten_rewards"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"PPOConfig: {name} must be True or False; got {getattr(self, name)!r}")
+        self._check(("deterministic", "whiten_rewards"), "True or False", is_flag)
         if self.deterministic:
             if self.old_logprobs == "rollout" and "old_logprobs" in self.given:
                 raise ValueError("PPOConfig: deterministic=True does not go with old_logprobs='rollout'; leave it out")
             self.old_logprobs = "recompute"
-        for name in ("num_mini_batches", "response_length", "num_ppo_epochs", "local_rollout_forward_batch_size"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"PPOConfig: {name} must be at least 1; got {getattr(self, name)}")
-        if self.total_episodes is not None and not self.total_episodes >= 1:
-            raise ValueError(f"PPOConfig: total_episodes must be at least 1, or None; got {self.total_episodes}")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"PPOConfig: {name} must be between 0 and 1; got {getattr(self, name)}")
-        if not self.temperature >= 0:
-            raise ValueError(f"PPOConfig: temperature must be at least 0; got {self.temperature}")
+        counts = ("num_mini_batches", "response_length", "num_ppo_epochs", "local_rollout_forward_batch_size")
+        self._check(counts, "a whole number of at least 1", lambda x: is_whole(x, 1))
+        self._check(("total_episodes",), "a whole number of at least 1, or None", lambda x: x is None or is_whole(x, 1))
+        self._check(("num_sample_generations",), "a whole number of at least 0", lambda x: is_whole(x, 0))
+        self._check(("gamma", "lam"), "between 0 and 1", lambda x: is_number(x, 0, 1))
+        weights = ("temperature", "kl_coef", "cliprange", "cliprange_value", "vf_coef", "max_mismatch")
+        self._check(weights, "a number of at least 0", lambda x: is_number(x, 0))
+        self._check(("missing_eos_penalty",), "a number of at least 0, or None", lambda x: x is None or is_number(x, 0))
+        self._check(("stop_token_id",), "a token id, or None", lambda x: x is None or is_whole(x, 0))
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("PPOConfig: give stop_token or stop_token_id, not both")
         if self.stop_token not in (None, "eos"):

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, set_seed
 
 from fastppo import determinism, distributed, metrics
+from fastppo.attention import unwrap
 from fastppo.chat import set_special_tokens
 from fastppo.data import Rollout
 from fastppo.experimental.ppo import evaluation, functions, learner, saving, updates
@@ -34,8 +35,9 @@ from fastppo.quantized import keep_differentiable
 from fastppo.rollout import decode_options
 from fastppo.run_folder import resolve
 from fastppo.score import NonFinite
-from fastppo.supervised import BaseTrainer, add_adapter
+from fastppo.supervised import BaseTrainer, add_adapter, check_trainer
 from fastppo.update import Guard
+from fastppo.wanted import want
 
 __all__ = [*functions.__all__, "OnlineTrainerState", "PPOTrainer", "PolicyAndValueWrapper"]
 
@@ -75,6 +77,12 @@ class PPOTrainer(BaseTrainer):
                 "PPOTrainer: `model` and `ref_model` cannot be the same object: the reference must not train. Pass a copy, or "
                 "None for a copy (with peft_config: the model without its adapter)"
             )
+        want(isinstance(args, PPOConfig), "PPOTrainer", "args", "a PPOConfig of fastppo.experimental.ppo", args)
+        models = {"model": model, "ref_model": ref_model, "value_model": value_model, "peft_config": peft_config}
+        others = {"data_collator": data_collator, "optimizers": optimizers, "callbacks": callbacks}
+        check_trainer("PPOTrainer", **models, **others, processing_class=processing_class)
+        good = isinstance(model, nn.Module) and hasattr(unwrap(model), "generation_config")
+        want(good, "PPOTrainer", "model", "a language model (AutoModelForCausalLM.from_pretrained loads one)", model)
         if isinstance(eval_dataset, dict):
             raise ValueError("PPOTrainer: eval_dataset must be one dataset; got a dict")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)

@@ -7,6 +7,7 @@ import torch
 
 from fastppo.chat import is_conversation, prompt_ids
 from fastppo.supervised import tokenise
+from fastppo.wanted import is_ids, want
 
 
 class PromptBatch(NamedTuple):
@@ -18,17 +19,21 @@ class PromptBatch(NamedTuple):
 
 def prepare_prompts(dataset: Any, tokenizer: Any, args: Any, what: str = "train_dataset") -> Any:
     """`dataset` with `input_ids`: as it is, or tokenised from prompt, messages, query or text."""
-    if dataset is None:
+    if dataset is None and what == "eval_dataset":
         return None
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"PPOTrainer: {what} must have a length (a map-style dataset); got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"PPOTrainer: {what} is empty")
-    if "input_ids" in (row := dataset[0]):
+    row = dataset[0]
+    want(isinstance(row, (dict, str)), "PPOTrainer", what, "a dataset of dictionaries (datasets.Dataset)", dataset)
+    if "input_ids" in row:
         if isinstance(row["input_ids"], str):
             raise ValueError(
                 f"PPOTrainer: {what}: input_ids must be token ids; got text, which belongs in a column `prompt`"
             )
+        first = torch.as_tensor(row["input_ids"])
+        want(is_ids(first) or not first.numel(), "PPOTrainer", f"{what}[0]['input_ids']", "token ids", first)
         return dataset
     if not hasattr(dataset, "map"):
         raise ValueError(
