@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from kill_runs import command_line
+from kill_runs import TRAIN, command_line
 
 import fastppo.checkpoint
 import fastppo.trainer_checkpoints
@@ -41,10 +41,6 @@ def fill_before(module, name: str, free: int) -> None:
         return real(*arguments, **options)
 
     setattr(module, name, wrapped)
-
-
-TRAIN = "train --model model --dataset prompts.jsonl --reward rewards.py:words --save-every 1 --steps 20 --batch-size 4"
-TRAIN += " --mini-batch-size 2 --ppo-epochs 1 --max-new-tokens 4 --probes 2 --learning-rate 0.01"
 
 
 def command(kind: str, folder: str, again: bool) -> list[str]:

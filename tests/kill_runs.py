@@ -1,13 +1,14 @@
 """kill -9 at random moments of training, start again the same way, compare the final weights.
 
 A process of its own that never trains itself: it forks each run, so that a run costs no imports. Kinds: the trainers in
-a script ("sft", "reward", "ppo", "classic") and the commands ("fastppo sft", "fastppo reward", "fastppo ppo", "fastppo pipeline").
+a script ("sft", "reward", "ppo", "classic") and the commands ("fastppo train", "fastppo sft", "fastppo reward", "fastppo ppo",
+"fastppo pipeline"). Each run is killed twice: the start that goes on is killed, too, if it lasts to the second moment.
 
 A moment is a number of calls: a run counts the Python and C functions that it calls and kills itself at the drawn one, so that
 nothing depends on how fast the machine is. Moments are drawn from the whole run, models and checkpoints included; with
 "on_disk" from its file operations alone, where a half-written checkpoint could come from; with "clock" they are
 seconds, and the parent kills (a run may then have ended before).
-Prints one JSON object: kind -> list of {"moment": share of the run, "killed": bool, "differs": names}.
+Prints one JSON object: kind -> list of {"moments": shares of the run, "killed": how often, "differs": names}.
 """
 
 import contextlib
@@ -50,6 +51,9 @@ STAGES = {
 }
 
 
+TRAIN = "train --model model --dataset prompts.jsonl --reward rewards.py:words --save-every 1 --steps 20 --batch-size 4"
+TRAIN += " --mini-batch-size 2 --ppo-epochs 1 --max-new-tokens 4 --probes 2 --learning-rate 0.01"
+
 # tqdm's own lock is a semaphore that forks share: a run killed while it draws a bar would keep it from all later ones
 tqdm.set_lock(threading.RLock())
 LONGEST = 600  # seconds for a run: one that hangs ends
@@ -88,11 +92,13 @@ def train(kind: str, folder: str) -> dict:
 
 
 def write_inputs(folder: Path) -> None:
-    """model/, pairs.jsonl, rewards.py."""
+    """model/, pairs.jsonl, prompts.jsonl, rewards.py."""
     make_model(seed=3).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     pairs = [json.dumps(row) for row in rows("pairs")]
     (folder / "pairs.jsonl").write_text("\n".join(pairs))
+    prompts = [json.dumps({"prompt": row["chosen"]}) for row in rows("pairs")]
+    (folder / "prompts.jsonl").write_text("\n".join(prompts))
     (folder / "rewards.py").write_text(
         "def words(completions): return [float(len(set(c.split()))) for c in completions]\n"
     )
@@ -112,11 +118,23 @@ def command_line(stage: str, folder: str) -> list[str]:
     return [stage, "--config", str(config), "--output-dir", folder]
 
 
+def ppo_command(folder: str) -> list[str]:
+    """What starts `fastppo train` into `folder`, or goes on with what is there."""
+    if any(Path(folder, "checkpoints").glob("step-*")):
+        return ["train", "--resume", folder]
+    return [*TRAIN.split(), "--output-dir", folder, "--overwrite"]
+
+
 def train_by_command(kind: str, folder: str) -> dict:
     """Digests of the models that the command wrote."""
     stage = kind.split()[1]
-    if status := command(command_line(stage, folder)):
+    if status := command(ppo_command(folder) if stage == "train" else command_line(stage, folder)):
         raise RuntimeError(f"{kind} ended with status {status}")
+    if stage == "train":
+        steps = [json.loads(line)["step"] for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        weights = Path(folder, "policy/model.safetensors").read_bytes()
+        left = [path.name for path in Path(folder).rglob(".*")]
+        return {"weights": hashlib.sha256(weights).hexdigest(), "steps": steps, "left behind": left}
     made = {}
     for name in stages_of(stage):
         path = Path(folder, name) if stage == "pipeline" else Path(folder)
@@ -174,17 +192,22 @@ def finish(kind: str, folder: str, moments: str = "clock") -> dict:
     return json.loads(Path(f"{folder}.json").read_text())
 
 
-def killed_run(kind: str, moments: str, total: float, share: float, wanted: dict) -> dict:
+def killed_run(kind: str, moments: str, total: float, shares: list[float], wanted: dict) -> dict:
+    killed = 0
     with tempfile.TemporaryDirectory() as place:
-        folder = os.path.join(place, "run")
-        pid = start(kind, folder, moments, None if moments == "clock" else max(1, round(share * total)))
-        if moments == "clock":
-            time.sleep(share * total)
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        killed = not Path(f"{folder}.json").exists()
+        folder, left = os.path.join(place, "run"), total
+        for share in shares:
+            at, left = share * left, (1 - share) * left
+            pid = start(kind, folder, moments, None if moments == "clock" else max(1, round(at)))
+            if moments == "clock":
+                time.sleep(at)
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            if Path(f"{folder}.json").exists():
+                break
+            killed += 1
         made = finish(kind, folder)["made"]
-    return {"moment": share, "killed": killed, "differs": [name for name in wanted if made[name] != wanted[name]]}
+    return {"moments": shares, "killed": killed, "differs": [name for name in wanted if made[name] != wanted[name]]}
 
 
 def kill(kind: str, count: int, moments: str, draw: Callable[[], float]) -> list[dict]:
@@ -194,7 +217,7 @@ def kill(kind: str, count: int, moments: str, draw: Callable[[], float]) -> list
         whole = finish(kind, os.path.join(place, "run"), moments)
         seconds = time.time() - began
     total = seconds if moments == "clock" else whole["moments"]
-    return [killed_run(kind, moments, total, draw(), whole["made"]) for _ in range(count)]
+    return [killed_run(kind, moments, total, [draw(), draw()], whole["made"]) for _ in range(count)]
 
 
 def main(kinds: dict[str, int], moments: str) -> dict:

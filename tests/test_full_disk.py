@@ -27,12 +27,9 @@ def refused() -> str | None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     from kill_runs import write_inputs
-    from sft_cases import rows
 
     folder = tmp_path_factory.mktemp("disk")
     write_inputs(folder)
-    prompts = [json.dumps({"prompt": row["chosen"]}) for row in rows("pairs")]
-    (folder / "prompts.jsonl").write_text("\n".join(prompts))
     (folder / "disk").mkdir()
     return folder
 

@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 LONG = pytest.mark.skipif(not os.environ.get("FASTPPO_LONG"), reason="set FASTPPO_LONG=1 for dozens of kills: minutes")
-COMMANDS = ("fastppo sft", "fastppo reward", "fastppo ppo", "fastppo pipeline")
+COMMANDS = ("fastppo train", "fastppo sft", "fastppo reward", "fastppo ppo", "fastppo pipeline")
 
 
 def kill(kinds: dict[str, int], moments: str) -> None:
@@ -32,8 +32,8 @@ def test_kill_9_at_random_moments_of_trainers():
     kill({"sft": 2, "reward": 2, "ppo": 2, "classic": 2}, "calls")
 
 
-def test_kill_9_at_random_file_operations_of_the_pipeline():
-    kill({"fastppo pipeline": 2}, "on_disk")
+def test_kill_9_at_random_file_operations_of_commands():
+    kill({"fastppo pipeline": 1, "fastppo train": 3}, "on_disk")
 
 
 @pytest.mark.slow
