@@ -42,6 +42,27 @@ def told_as_checkpoint_error(target: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def told_as_garbled(folder: Path) -> Iterator[None]:
+    """What a checkpoint's values and tensors make raise becomes a CheckpointError: right checksums, wrong contents."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise CheckpointError(f"{folder}: it lacks or garbles what a checkpoint has: {error!r}") from error
+
+
 def set_aside(checkpoint: Path) -> None:
     """Rename a checkpoint so that nothing resumes from it."""
     aside = checkpoint.with_name(f"{_ASIDE}{checkpoint.name}")

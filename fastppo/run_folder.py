@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WRITING, _BEFORE = ".writing-", ".before-"
-RESUME = "resume.json"  # what tells a checkpoint that fastppo wrote
+# resume.json tells a checkpoint that fastppo wrote; trainer_state.json is transformers' own
+RESUME, STATE = "resume.json", "trainer_state.json"
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def step_of(path: Path) -> int:
 
 def _is_whole(path: Path) -> bool:
     try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True

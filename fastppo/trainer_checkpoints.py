@@ -10,6 +10,7 @@ manifest.json                         size and SHA-256 of each file
 The same files however the parameters lie: under FSDP2 with whole tensors, under DeepSpeed with each process's part of the optimizer.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -22,9 +23,24 @@ from transformers.trainer_callback import ExportableState
 
 from fastppo import checkpoint as ckpt
 from fastppo import distributed, manifest, sharded_optimizer, zero
-from fastppo.disk import CheckpointError, read_json, set_aside, sync_tree, told_as_checkpoint_error
-from fastppo.run_folder import RESUME, later_than, remove_leftovers, remove_old, whole_or_nothing
-from fastppo.trainer.state_checks import check_finite, check_optimizer, check_random, check_savable, tell_threads
+from fastppo.disk import (
+    CheckpointError,
+    check_step,
+    read_json,
+    set_aside,
+    sync_tree,
+    told_as_checkpoint_error,
+    told_as_garbled,
+)
+from fastppo.run_folder import RESUME, STATE, later_than, remove_leftovers, remove_old, whole_or_nothing
+from fastppo.trainer.state_checks import (
+    check_finite,
+    check_optimizer,
+    check_random,
+    check_savable,
+    check_state,
+    tell_threads,
+)
 from fastppo.trainer.state_parts import (
     everyones_random_state,
     fingerprint,
@@ -35,7 +51,6 @@ from fastppo.trainer.state_parts import (
 
 logger = logging.getLogger(__name__)
 
-STATE = "trainer_state.json"
 _PICKLED_ARGUMENTS = "training_args.bin"
 
 
@@ -91,7 +106,8 @@ class SafeCheckpoints:
             logger.warning(
                 "%s was not written by fastppo: it cannot be checked, and is read as transformers does", folder
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with told_as_garbled(folder) if is_ours(folder) else contextlib.nullcontext():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -234,15 +250,14 @@ def read(folder: Path) -> ckpt.Checkpoint:
         parts = {name: {k: x.clone() for k, x in load_file(folder / f"{name}.safetensors").items()} for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    return ckpt.Checkpoint(folder, int(folder.name.rpartition("-")[2]), parts, values)
+    return ckpt.Checkpoint(folder, check_step(folder, read_json(folder / manifest.MANIFEST).get("step")), parts, values)
 
 
 def check_fits(trainer: Any, model: torch.nn.Module, saved: ckpt.Checkpoint) -> None:
     """Raise CheckpointError when the checkpoint is another run's; nothing was changed then."""
-    try:
+    with told_as_garbled(saved.path):
         _check_identity(trainer, identity(trainer, model), saved)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _garbled(saved, error) from error
+    check_state(saved.path, saved.step)
     tell_threads(saved.values["threads"])
 
 
@@ -304,7 +319,7 @@ def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def load_optimizer(trainer: Any, saved: ckpt.Checkpoint) -> None:
     """Optimizer, schedule and gradient scaler as they were saved."""
     values = saved.values
-    try:
+    with told_as_garbled(saved.path):
         if values["optimizer"] is None:
             logger.warning("%s was saved with save_only_model: the optimizer starts anew", saved.path)
             return
@@ -314,28 +329,20 @@ def load_optimizer(trainer: Any, saved: ckpt.Checkpoint) -> None:
         trainer.lr_scheduler.load_state_dict(ckpt.join_tensors(saved.parts["scheduler"], values["scheduler"]))
         if values["scaler"] is not None and getattr(trainer.accelerator, "scaler", None) is not None:
             trainer.accelerator.scaler.load_state_dict(values["scaler"])
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise _garbled(saved, error) from error
 
 
 def load_random(trainer: Any, saved: ckpt.Checkpoint) -> None:
     """This process's random generators; with another number of processes they stay as they are, which is said."""
     rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    if saved.values["processes"] != processes:
+    if saved.values.get("processes") != processes:
         logger.warning(
             "%s was saved by %s processes, this run has %d: it will not be the run that went on",
             saved.path,
-            saved.values["processes"],
+            saved.values.get("processes"),
             processes,
         )
         return
-    try:
+    with told_as_garbled(saved.path):
         own = {name.partition(".")[2]: x for name, x in saved.parts["random"].items() if name.startswith(f"{rank}.")}
         check_random(own, saved.values["random"][rank])
         ckpt.set_rng_state(own, saved.values["random"][rank])
-    except (KeyError, TypeError, IndexError, ValueError, OverflowError, RuntimeError) as error:
-        raise _garbled(saved, error) from error
-
-
-def _garbled(saved: ckpt.Checkpoint, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{saved.path}: {RESUME} lacks or garbles what a checkpoint has: {error!r}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from fastppo.field_types import check_field_types
 from fastppo.wanted import is_flag, is_number, is_whole, want
 
 
@@ -40,6 +41,7 @@ class BaseConfig(TrainingArguments):
         self._check(("num_train_epochs",), "a number above 0", lambda x: is_number(x, 0) and x > 0)
         self._check(("max_steps",), "a whole number (-1: as many as the epochs have)", is_whole)
         self._check(("bf16", "fp16"), "True, False or None", lambda x: x is None or is_flag(x))
+        check_field_types(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and can_train_in_bf16(self.use_cpu)
         # non-reentrant: works with frozen embeddings under an adapter and keeps the packed layout of the forward
@@ -88,7 +90,12 @@ class SupervisedConfig(BaseConfig):
 
     def __post_init__(self):
         if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            try:
+                self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            except ValueError as error:
+                raise ValueError(
+                    f"{type(self).__name__}: model_init_kwargs is text that is not JSON: {error}"
+                ) from error
         if self.activation_offloading:
             raise ValueError(
                 f"{type(self).__name__}: activation_offloading is not supported; packed batches without logits need "

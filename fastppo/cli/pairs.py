@@ -56,16 +56,43 @@ def pairs_of(rows: Sequence[Row], where: str, count: int | None = None, seed: in
     preferred. At most `count` pairs."""
     check_columns(rows, (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), ("text", "label")), where)
     if "label" not in rows[0] or "chosen" in rows[0]:
+        check_sides(rows[:count], where)
         return [dict(row) for row in rows][:count]
-    labels = sorted({row["label"] for row in rows})
-    if len(labels) != 2:
-        raise UserError(f"{where}: column 'label' must have two values, the larger one preferred; got {labels[:8]}")
+    labels = two_labels(rows, where)
     sides = [[row["text"] for row in rows if row["label"] == label] for label in labels]
     draw = random.Random(seed)
     for side in sides:
         draw.shuffle(side)
     pairs = [{"chosen": chosen, "rejected": rejected} for rejected, chosen in zip(*sides, strict=False)]
     return pairs[:count]
+
+
+def check_sides(rows: Sequence[Row], where: str) -> None:
+    """Prompt and sides are text or messages. Raises UserError naming the row."""
+    for number, row in enumerate(rows, 1):
+        for name in ("prompt", "chosen", "rejected"):
+            value = row.get(name)
+            absent = value is None and (name == "prompt" or name not in rows[0])  # rows may be tokenised already
+            if not (absent or isinstance(value, str) or is_conversation(value)):
+                raise UserError(
+                    f"{where}: row {number}: {name!r} must be text, or messages with 'role' and 'content'; got {value!r:.80}"
+                )
+
+
+def two_labels(rows: Sequence[Row], where: str) -> list[Any]:
+    """The two values of column 'label', the preferred one last. Raises UserError."""
+    wrong = [row for row in rows if not isinstance(row["text"], str)]
+    if wrong:
+        raise UserError(f"{where}: column 'text' must hold text; got {wrong[0]['text']!r:.80}")
+    try:
+        labels = sorted({row["label"] for row in rows})
+    except TypeError as error:
+        raise UserError(f"{where}: column 'label' must hold numbers or text: {error}") from error
+    if len(labels) != 2:
+        raise UserError(
+            f"{where}: column 'label' must have two values, the larger one preferred; got {labels[:8]!r:.200}"
+        )
+    return labels
 
 
 def demonstration(row: Row) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastppo.cli.errors import UserError, nearest
+from fastppo.cli.errors import UserError, nearest, one_line
 from fastppo.cli.loop import Prompt
 
 # Columns that hold prompts in well-known datasets; the first one that is there is taken when none is named.
@@ -33,22 +33,27 @@ def load_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
 def read_json(path: Path) -> list[dict[str, Any]]:
     """One object per line; a file that starts with [ is one list of objects."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--dataset: cannot read {path}: {error}") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # not splitlines(): that also cuts at what may stand in a JSON string, U+2028 and U+0085 among it
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if text.lstrip().startswith("["):
         lines = [(1, text)]
     rows = []
     for number, line in lines:
         try:
             read = json.loads(line)
+            if "\\ud" in line.lower():  # half a character may be written so, and no tokenizer takes it
+                json.dumps(read, ensure_ascii=False).encode("utf-8")
         except json.JSONDecodeError as error:
             raise UserError(f"--dataset: {path}, line {number + error.lineno - 1}: not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in ...
+            raise UserError(f"--dataset: {path}, line {number}: cannot be read: {one_line(error)}") from error
         rows += read if isinstance(read, list) else [read]
     wrong = [row for row in rows if not isinstance(row, dict)]
     if wrong:
-        raise UserError(f'--dataset: {path}: every row must be an object like {{"prompt": ...}}; got {wrong[0]!r}')
+        raise UserError(f'--dataset: {path}: every row must be an object like {{"prompt": ...}}; got {wrong[0]!r:.80}')
     return rows
 
 
@@ -58,7 +63,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"--dataset: cannot read {path}: {error}") from error
 
 
@@ -74,7 +79,11 @@ def load_with_datasets(source: str, split: str) -> list[dict[str, Any]]:
                 raise UserError(f"--dataset-split: {source} has no split {split!r}.{nearest(split, loaded)}")
             return (loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded).to_list()
         return datasets.load_dataset(source, split=split).to_list()
-    except (OSError, ValueError) as error:  # not found, no network, no such split: each says which
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # not found, no network, no such split, unreadable files: each says which
         raise UserError(
             f"--dataset: {source} is no file here, and could not be loaded as a dataset: {type(error).__name__}: {error}"
         ) from error
@@ -101,13 +110,16 @@ def to_text(value: Any, tokenizer: Any, where: str) -> tuple[str, bool]:
         return value, False
     is_chat = isinstance(value, (list, tuple)) and value and all(isinstance(m, Mapping) and "role" in m for m in value)
     if not is_chat:
-        raise UserError(f"{where}: a prompt must be text, or messages with 'role' and 'content'; got {value!r}")
+        raise UserError(f"{where}: a prompt must be text, or messages with 'role' and 'content'; got {value!r:.200}")
     if tokenizer.chat_template is None:
         raise UserError(f"{where}: the prompts are chat messages, but the model's tokenizer has no chat template")
     messages = list(value[:-1]) if value[-1]["role"] == "assistant" else list(value)  # the answer is the policy's part
     if not messages:
         raise UserError(f"{where}: there is no message before the assistant's: nothing to answer")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
+    except Exception as error:  # a template may raise anything, and its own words
+        raise UserError(f"{where}: the chat template refuses {messages!r:.200}: {one_line(error)}") from error
 
 
 def make_prompts(
@@ -121,6 +133,8 @@ def make_prompts(
             raise UserError(f"{where} has no column {column!r}, which the first row has")
         text, is_chat = to_text(row[column], tokenizer, where)
         tokens = tokenizer(text, add_special_tokens=not is_chat).input_ids
+        if not tokens:
+            raise UserError(f"{where}: the tokenizer makes no token of {text!r:.80}")
         if longest is not None and len(tokens) > longest:
             tokens = tokens[:longest]
             text = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -3,13 +3,16 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastppo import checkpoint as ckpt
 from fastppo import zero
-from fastppo.checkpoint import Checkpoint, CheckpointError
+from fastppo.checkpoint import Checkpoint
+from fastppo.disk import CheckpointError, read_json
+from fastppo.run_folder import STATE
 from fastppo.trainer.columns import Batches
 from fastppo.trainer.state_parts import (
     config_values,
@@ -47,6 +50,26 @@ def _is_whole(x, least: int = 0) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and least <= x < 2**63
 
 
+def _is_count(x) -> bool:
+    return x is None or _is_whole(x)
+
+
+# trainer_state.json of transformers: what a run that goes on computes with
+_STATE = {
+    "global_step": ("a count", _is_whole),
+    "episode": ("a count", _is_whole),
+    "max_steps": ("a count", _is_whole),
+    "num_train_epochs": ("a count", _is_whole),
+    "train_batch_size": ("a count or null", _is_count),
+    "best_global_step": ("a count or null", _is_count),
+    "epoch": ("a number or null", lambda x: x is None or _is_number(x) and math.isfinite(x)),
+    "total_flos": ("a number", lambda x: _is_number(x) and math.isfinite(x)),
+    "num_input_tokens_seen": ("a number", _is_number),
+    "best_metric": ("a number or null", lambda x: x is None or _is_number(x)),
+    "best_model_checkpoint": ("text or null", lambda x: x is None or isinstance(x, str)),
+    "stateful_callbacks": ("an object", lambda x: isinstance(x, dict)),
+    "log_history": ("a list of objects", lambda x: isinstance(x, list) and all(isinstance(row, dict) for row in x)),
+}
 _SCALARS = {
     "config": ("an object", lambda x: isinstance(x, dict)),
     "base": ("text", lambda x: isinstance(x, str)),
@@ -163,6 +186,18 @@ def _check_values(trainer, values: Mapping[str, Any], where) -> None:
             raise CheckpointError(
                 f"{where}: the saved run had {data[key]} {words}, this one has {now[key]}: the place in the data is lost"
             )
+
+
+def check_state(folder: Path, step: int) -> None:
+    """Raise CheckpointError unless trainer_state.json is of step `step` and of the types that transformers computes with."""
+    state = read_json(folder / STATE)
+    for key, (wanted, holds) in _STATE.items():
+        if key in state and not holds(state[key]):
+            raise CheckpointError(f"{folder / STATE}: {key!r} must be {wanted}; got {state[key]!r:.80}")
+    if state.get("global_step") != step:
+        raise CheckpointError(
+            f"{folder / STATE}: it is of step {state.get('global_step')}, the checkpoint of step {step}"
+        )
 
 
 def check_random(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastppo import distributed, trainer_checkpoints, zero
-from fastppo.disk import CheckpointError
+from fastppo.disk import CheckpointError, told_as_garbled
 from fastppo.experimental.ppo.state import OnlineTrainerState
 from fastppo.trainer_checkpoints import RESUME, STATE
 
@@ -56,11 +56,12 @@ def load_weights(trainer: "PPOTrainer", folder: Path) -> None:
         return
     before, trainer.model = trainer.model, trainer.policy_model  # transformers asks it about missing keys
     try:
-        super(trainer_checkpoints.SafeCheckpoints, trainer)._load_from_checkpoint(str(folder), trainer.policy_model)
+        with told_as_garbled(folder):
+            super(trainer_checkpoints.SafeCheckpoints, trainer)._load_from_checkpoint(str(folder), trainer.policy_model)
     finally:
         trainer.model = before
     parameters = dict(trainer._wrapper.named_parameters())
-    with torch.no_grad():
+    with torch.no_grad(), told_as_garbled(folder):
         for name, saved in load_file(folder / f"{VALUE}.safetensors").items():
             parameters[name].copy_(saved)
 
@@ -72,9 +73,10 @@ def load_resume(trainer: "PPOTrainer", folder: Path) -> None:
         value = load_file(folder / f"{VALUE}.safetensors")
         trainer_checkpoints.load_laid_out(trainer, trainer.policy_model, folder, value)
     trainer_checkpoints.load_optimizer(trainer, saved)
-    trainer.micro_rows = int(saved.values["micro_rows"])
     before = trainer.state
-    trainer.state = OnlineTrainerState.load_from_json(str(folder / STATE))
+    with told_as_garbled(folder):
+        trainer.micro_rows = int(saved.values["micro_rows"])
+        trainer.state = OnlineTrainerState.load_from_json(str(folder / STATE))
     for name in ("is_local_process_zero", "is_world_process_zero", "max_steps"):
         setattr(trainer.state, name, getattr(before, name))
     trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
