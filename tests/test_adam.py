@@ -29,14 +29,19 @@ def test_steps_are_torchs(kind, missing):
     decay = {} if kind is Adam else {"weight_decay": 0.0}
     ours, optimizer = run(kind, 5, missing=missing, fused=True, **decay)
     plain, theirs = run(torch.optim.Adam, 5, missing=missing, fused=True)
-    truth, _ = run(torch.optim.Adam, 5, torch.float64, missing=missing)
+    truth, exact = run(torch.optim.Adam, 5, torch.float64, missing=missing)
     for a, b, want in zip(ours, plain, truth, strict=True):
         error, plain_error = (float((x.double() - want).abs().max()) for x in (a, b))
         assert error <= 2 * plain_error + 1e-6, f"{error:.2e}, torch {plain_error:.2e}"
-    for a, b in zip(optimizer.state_dict()["state"].values(), theirs.state_dict()["state"].values(), strict=True):
+    states = (made.state_dict()["state"].values() for made in (optimizer, theirs, exact))
+    for a, b, want in zip(*states, strict=True):
         assert set(a) == set(b) and a["step"] == b["step"]
         for name in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-9)
+            # to the largest gradient's rounding: where gradients cancel out, torch's own error is as large
+            error, plain_error = (float((x[name].double() - want[name]).abs().max()) for x in (a, b))
+            assert error <= 2 * plain_error + 1e-7 * float(want[name].abs().max()), (
+                f"{name}: {error:.2e}, torch {plain_error:.2e}"
+            )
 
 
 def test_first_steps_by_hand():
