@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_a_model_is_loaded(capsy
         ),
         (
             ["sft", "--model", "model", "--dataset", "pairs.jsonl", "--per-device-train-batch-size", "0"],
-            "per_device_train_batch_size must be at least 1; got 0",
+            "per_device_train_batch_size must be a whole number of at least 1; got 0",
         ),
         (
             ["ppo", "--model", "model", "--dataset", "prompts.jsonl", "--reward", "model"],
