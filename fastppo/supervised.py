@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, Trainer
+from transformers.trainer_utils import set_seed
 
 from fastppo.adam import in_one_call
 from fastppo.chat import load_chat_template, set_special_tokens
@@ -75,6 +76,7 @@ def prepare_run(
     """Load what was given by name, set special tokens and chat template, put the adapter on."""
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
     args = adopt(config_class, args, name)
+    set_seed(args.seed)  # a new head and a new adapter are drawn
     if isinstance(model, str):
         init_kwargs = {"dtype": "auto", **init_kwargs, **(args.model_init_kwargs or {})}
         if quantization_config is not None:

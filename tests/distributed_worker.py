@@ -182,40 +182,71 @@ def classic(name: str, folder: Path) -> tuple[dict, list[dict]]:
     return weights(made.accelerator, made.model), [*steps, moments]
 
 
+def sampled_steps(made, batches) -> list[dict]:
+    """Steps on responses of the policy's own: their statistics."""
+    found = []
+    for queries, _, scores, _ in batches:
+        rows = own_rows(GLOBAL)
+        queries, scores = [queries[r] for r in rows], [scores[r] for r in rows]
+        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "pad_token_id": 0}
+        responses = made.generate(queries, batch_size=8, return_prompt=False, eos_token_id=-1, **options)
+        stats = made.step(queries, responses, scores)
+        made.log_stats(stats, {"query": queries, "response": responses}, scores)
+        found.append(plain(stats) | {"kl_coef": made.kl_ctl.value})
+    return found
+
+
 def resumed(name: str, folder: Path) -> tuple[dict, list[dict]]:
     """A step, a checkpoint, a step that is lost; a new trainer goes on. Also saves the policy, in folder/<name>-policy.
 
     The logs say whether weights and statistics are bitwise those of a trainer that never stopped.
     """
-
-    def steps(made, batches):
-        found = []
-        for queries, _, scores, _ in batches:
-            rows = own_rows(GLOBAL)
-            queries, scores = [queries[r] for r in rows], [scores[r] for r in rows]
-            options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "pad_token_id": 0}
-            responses = made.generate(queries, batch_size=8, return_prompt=False, eos_token_id=-1, **options)
-            stats = made.step(queries, responses, scores)
-            made.log_stats(stats, {"query": queries, "response": responses}, scores)
-            found.append(plain(stats) | {"kl_coef": made.kl_ctl.value})
-        return found
-
     case, batches = CLASSIC[name], list(classic_batches(CLASSIC[name], 3))
     straight, stopped = classic_trainer(case, True), classic_trainer(case, True)
     torch.manual_seed(6)
-    wanted = steps(straight, batches)
+    wanted = sampled_steps(straight, batches)
     torch.manual_seed(6)
-    steps(stopped, batches[:1])
+    sampled_steps(stopped, batches[:1])
     stopped.save_checkpoint(folder / f"{name}-run")
-    steps(stopped, batches[1:2])
+    sampled_steps(stopped, batches[1:2])
     again = classic_trainer(case, True)
     assert again.load_checkpoint(folder / f"{name}-run").step == 1
-    logs = steps(again, batches[1:])
+    logs = sampled_steps(again, batches[1:])
     found, kept = weights(again.accelerator, again.model), weights(straight.accelerator, straight.model)
     bitwise = all(torch.equal(found[n], kept[n]) for n in kept) and repr(logs) == repr(wanted[1:])
     again.save_pretrained(folder / f"{name}-policy")
     again.accelerator.wait_for_everyone()
     return found, [*logs, {"bitwise": bitwise}]
+
+
+def deterministic_classic(_: str, folder: Path) -> tuple[dict, list[dict]]:
+    """Two runs with other micro-batches and another batching of the rollout: the logs say whether all bits are the same."""
+    runs = []
+    for config in ({"max_tokens_per_micro_batch": 1000}, {"generation": {"max_num_seqs": 2, "num_blocks": 40}}):
+        made = classic_trainer({"config": config | {"deterministic": True}}, True)
+        torch.manual_seed(6)
+        logs = sampled_steps(made, classic_batches({}))
+        runs.append((weights(made.accelerator, made.model), logs))
+    return same_bits(*runs)
+
+
+def deterministic_late(name: str, folder: Path) -> tuple[dict, list[dict]]:
+    runs = []
+    for rows in (1, 2):
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": GLOBAL // WORLD // rows}
+        sizes |= {"local_rollout_forward_batch_size": rows, "num_mini_batches": 2}
+        run = late_trainer(folder / name, value=True, deterministic=True, **sizes)
+        run.generator.max_num_seqs = rows
+        run.train()
+        assert isinstance(run.fused, Fused)
+        exact = [line["fastppo/mismatch"] == 0.0 for line in run.state.log_history]
+        runs.append((weights(run.accelerator, run._wrapper), [*late_logs(run), {"exact": exact}]))
+    return same_bits(*runs)
+
+
+def same_bits(first: tuple[dict, list], second: tuple[dict, list]) -> tuple[dict, list[dict]]:
+    same = all(torch.equal(x, second[0][name]) for name, x in first[0].items()) and repr(first[1]) == repr(second[1])
+    return first[0], [*first[1], {"bitwise": same}]
 
 
 # --- the others -------------------------------------------------------------------------------------------------------
@@ -233,7 +264,7 @@ def late_trainer(folder: Path, value: bool = False, **options):
     torch.manual_seed(5)
     reward = lambda prompts, completions: [c.split().count("cat") + len(c) / 40 for c in completions]  # noqa: E731
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": GLOBAL // 2 // WORLD}
-    options |= sizes | {"total_episodes": 24, "learning_rate": 3e-4, "reward": reward, "kl_estimator": "k3"}
+    options = sizes | options | {"total_episodes": 24, "learning_rate": 3e-4, "reward": reward, "kl_estimator": "k3"}
     options |= {"response_length": 6, "stop_token": "eos", "num_ppo_epochs": 2, "logging_steps": 1}
     return late_cases.trainer(folder, value=value, **options)
 
@@ -418,6 +449,7 @@ def wait_for_the_end(folder: Path) -> None:
         time.sleep(0.1)
 
 
+DETERMINISTIC = {"deterministic": deterministic_classic, "late_deterministic": deterministic_late}
 FAILURES = {
     "failing_sft": partial(failing_rows, "sft"),
     "failing_reward_rows": partial(failing_rows, "reward"),
@@ -433,13 +465,11 @@ def run_case(name: str, folder: Path) -> None:
         FAILURES[name](folder)
         return
     if name in CLASSIC:
-        with in_order():
-            found, logs = resumed(name, folder) if name.startswith("resume") else classic(name, folder)
-    elif name.startswith("late"):
-        with evens_first():
-            found, logs = late(name, folder)
+        run = resumed if name.startswith("resume") else classic
     else:
-        found, logs = supervised(name, folder)
+        run = DETERMINISTIC.get(name, late if name.startswith("late") else supervised)
+    with in_order(), evens_first():
+        found, logs = run(name, folder)
     save_file(found, folder / f"{name}.{RANK}.safetensors")
     (folder / f"{name}.{RANK}.json").write_text(json.dumps(logs))
 

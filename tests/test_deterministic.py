@@ -103,16 +103,36 @@ def test_the_ratio_before_the_first_update_is_exactly_one(case, precision):
     assert (stats["ppo/policy/ratio"] == 1.0).all(), "sampled here, after an update"
 
 
-def test_two_processes_give_the_same_bits():
-    code = "import test_deterministic as t; print(t.run()[0])"
+def of_every_trainer(folder: Path) -> list[str]:
+    """Digests of a run of each; adapters, heads and dropout draw numbers."""
+    import test_late_deterministic as late
+    import test_reward
+    import test_sft
+    from peft import LoraConfig
+    from sft_cases import make_model, rows
+
+    options = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 3, "seed": 5}
+    found = [run()[0], late.digest(late.build(folder, "two_backbones")), late.digest(late.build(folder, "lora"))]
+    for module, data, task in ((test_sft, rows("text"), "CAUSAL_LM"), (test_reward, rows("pairs"), "SEQ_CLS")):
+        lora = LoraConfig(r=2, task_type=task, target_modules="all-linear", lora_dropout=0.2)
+        for adapter in (None, lora):
+            model = make_model("reward" if module is test_reward else "causal")
+            made = module.trainer(folder, data, model, peft_config=adapter, **options)
+            found.append(late.digest(made))
+    return found
+
+
+def test_two_processes_give_the_same_bits(tmp_path):
+    """The classic and the late trainer, SFT and reward training."""
+    code = f"import test_deterministic as t, pathlib; print(*t.of_every_trainer(pathlib.Path({str(tmp_path)!r})))"
     digests = set()
     for hash_seed in ("1", "2"):
         environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "PYTHONHASHSEED": hash_seed}
         environment |= {"OMP_NUM_THREADS": "1", "PADDING": "x" * 3001 * int(hash_seed)}
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
         assert ran.returncode == 0, ran.stderr[-2000:]
-        digests.add(ran.stdout.split()[-1])
-    assert len(digests) == 1
+        digests.add(tuple(ran.stdout.split()[-7:]))
+    assert len(digests) == 1 and len(set(*digests)) == 7
 
 
 def test_torchs_own_switch_is_put_back():

@@ -20,13 +20,14 @@ HERE = Path(__file__).parent
 CLASSIC = ["plain", "everything", "early_stopping", "lora", "padded", "rollout", "fewer", "skipped"]
 RESUMED = ["resume", "resume_lora"]
 LATE = ["late", "late_lora", "late_value", "late_whiten", "late_fewer", "late_nan", "late_resume"]
+DETERMINISTIC = ["deterministic", "late_deterministic"]
 SUPERVISED = ["sft", "reward"]
 SUPERVISED_RESUMED = ["sft_resume", "sft_lora_resume", "reward_resume", "reward_lora_resume"]
 FEW = ["everything", "fewer", "late_lora", "late_value", "late_fewer"]
 # launch -> (processes, how parameters lie, cases)
 LAUNCHES = {
-    "one": (1, "", CLASSIC + RESUMED + LATE + SUPERVISED + SUPERVISED_RESUMED),
-    "ddp2": (2, "", CLASSIC + RESUMED + LATE + SUPERVISED + SUPERVISED_RESUMED),
+    "one": (1, "", CLASSIC + RESUMED + LATE + DETERMINISTIC + SUPERVISED + SUPERVISED_RESUMED),
+    "ddp2": (2, "", CLASSIC + RESUMED + LATE + DETERMINISTIC + SUPERVISED + SUPERVISED_RESUMED),
     "ddp4": (4, "", FEW),
     "fsdp2": (2, "fsdp2", CLASSIC + RESUMED + LATE + SUPERVISED + SUPERVISED_RESUMED),
     "fsdp4": (4, "fsdp2", FEW),
@@ -122,7 +123,8 @@ def test_cases_do_what_their_names_say(folder):
     assert log("late") == log("late_resume")[:-1]
     assert log("late_fewer")[0]["objective/scores"] != log("late")[0]["objective/scores"]
     # the tests above hold two processes to the same: gloo adds two numbers in one order
-    assert all(log(case)[-1]["bitwise"] for case in [*RESUMED, "late_resume", *SUPERVISED_RESUMED])
+    assert all(log(case)[-1]["bitwise"] for case in [*RESUMED, "late_resume", *DETERMINISTIC, *SUPERVISED_RESUMED])
+    assert all(log("late_deterministic")[-2]["exact"])
     assert all(log(case)[-1]["best"] for case in SUPERVISED_RESUMED)
 
 

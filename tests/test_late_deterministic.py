@@ -57,9 +57,10 @@ def digest(run) -> str:
     found = hashlib.sha256()
     for parameter in run.model.parameters():
         found.update(parameter.detach().numpy().tobytes())
-    timed = ("eps", "fastppo/peak_memory_bytes")
+    timed = ("eps", "fastppo/peak_memory_bytes", "fastppo/matmul_flops_per_s")
+    rates = ("_mfu", "tokens_per_s", "per_second", "runtime")
     for line in run.state.log_history:
-        kept = {k: v for k, v in line.items() if k not in timed and not k.endswith(("tokens_per_s", "_mfu"))}
+        kept = {k: v for k, v in line.items() if k not in timed and not k.endswith(rates)}
         found.update(repr(kept).encode())
     return found.hexdigest()
 

@@ -93,6 +93,7 @@ class PPOTrainer(BaseTrainer):
         train_dataset = prepare_prompts(train_dataset, tokenizer, args)
         args.set_batch_sizes(len(train_dataset))
         self.stop_token_id = tokenizer.eos_token_id if args.stop_token == "eos" else args.stop_token_id
+        set_seed(args.seed)  # a new adapter is drawn
         self.policy_model = add_adapter(model, peft_config, args)
         self.is_peft_model = hasattr(self.policy_model, "peft_config")
         self.model_adapter_name, self.ref_adapter_name = args.model_adapter_name, args.ref_adapter_name
