@@ -27,9 +27,11 @@ ONE_SEQUENCE = 1
 
 
 def check(kind: str, why_padded: str | None) -> None:
-    """ValueError where the late trainer cannot keep it. kind: distributed.kind's; why_padded: as PackedModel's, of the policy."""
-    if kind not in ("single", "ddp"):
-        raise ValueError(f"PPOConfig: deterministic=True is for one process and DDP; got {kind}")
+    """ValueError where it cannot be kept. kind: distributed.kind's; why_padded: as PackedModel's, of the policy."""
+    if kind.startswith("zero"):
+        raise ValueError(
+            "PPOConfig: deterministic=True is for one process, DDP and FSDP2; DeepSpeed reduces as it likes"
+        )
     if why_padded:
         raise ValueError(f"PPOConfig: deterministic=True needs packed sequences, which can't be had here: {why_padded}")
 

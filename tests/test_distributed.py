@@ -29,7 +29,7 @@ LAUNCHES = {
     "one": (1, "", CLASSIC + RESUMED + LATE + DETERMINISTIC + SUPERVISED + SUPERVISED_RESUMED),
     "ddp2": (2, "", CLASSIC + RESUMED + LATE + DETERMINISTIC + SUPERVISED + SUPERVISED_RESUMED),
     "ddp4": (4, "", FEW),
-    "fsdp2": (2, "fsdp2", CLASSIC + RESUMED + LATE + SUPERVISED + SUPERVISED_RESUMED),
+    "fsdp2": (2, "fsdp2", CLASSIC + RESUMED + LATE + DETERMINISTIC + SUPERVISED + SUPERVISED_RESUMED),
     "fsdp4": (4, "fsdp2", FEW),
 }
 LIMIT_SECONDS = 600  # against hangs only: many processes share two cores

@@ -7,6 +7,7 @@ import torch
 from late_cases import prompts, trainer
 from test_late_engine import gpt2
 
+from fastppo import determinism
 from fastppo.experimental.ppo import PPOConfig, engines
 from fastppo.experimental.ppo.learner import Learner
 from fastppo.generation.scheduler import Scheduler
@@ -148,6 +149,8 @@ def test_models_and_searches_that_cannot_be_packed_are_refused(tmp_path):
     policy = BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="deterministic=True needs packed sequences"):
         trainer(tmp_path, policy=policy, deterministic=True)
+    with pytest.raises(ValueError, match="deterministic=True is for one process, DDP and FSDP2"):
+        determinism.check("zero2", None)
     run = build(tmp_path, "value_head", generation_kwargs={"num_beams": 2})
     with pytest.raises(ValueError, match="deterministic=True can't be kept with model.generate"):
         run.train()

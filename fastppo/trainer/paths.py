@@ -2,7 +2,7 @@
 
 import logging
 
-from fastppo import distributed
+from fastppo import determinism, distributed
 from fastppo.models.head import checked_output_head
 from fastppo.trainer.packed_path import PackedPath
 from fastppo.trainer.padded_path import PaddedPath
@@ -23,10 +23,10 @@ def choose_path(trainer, default_collator: bool):
         models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
         heads = [_checked_head(trainer.accelerator, model) for model in models]
         why = next((head for head in heads if isinstance(head, str)), None)
+    if trainer.config.deterministic:
+        determinism.check(distributed.kind(trainer.accelerator), why)
     if why is None:
         return PackedPath(trainer, heads[0], heads[-1])
-    if trainer.config.deterministic:
-        raise ValueError(f"PPOConfig: deterministic=True needs packed sequences, which can't be had here: {why}")
     if trainer.config.packed:
         logger.warning("step() runs padded batches: %s", why)
     return PaddedPath(trainer)
