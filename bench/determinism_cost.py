@@ -1,6 +1,7 @@
 """What PPOConfig.deterministic costs: seconds of generate and step, off and on, in turns; medians and their ratio.
 
 python -m bench.determinism_cost --model MODEL [--name NAME] [--rounds 9] [--no-csv]
+python -m bench.determinism_cost --late [--rounds 9] [--no-csv]       an update of the late trainer (late_loop.py)
 Rows go to bench/results/deterministic.csv.
 """
 
@@ -15,6 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
+from bench_late_loop import WORKER
+from bench_loop import Side
 
 
 def trainer(model: str, deterministic: bool):
@@ -42,11 +45,16 @@ def once(made) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--late", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--name", help="what the rows call the model; the folder's name when not given")
     parser.add_argument("--no-csv", action="store_true")
     options = parser.parse_args()
+    if options.late:
+        return late(options)
+    if options.model is None:
+        parser.error("--model or --late is required")
     made = {name: trainer(options.model, name == "on") for name in ("off", "on")}
     for each in made.values():
         once(each)
@@ -56,12 +64,32 @@ def main() -> None:
             seconds[name].append(once(each))
     model = options.name or Path(options.model).name
     for stage, what in enumerate(("generate", "step")):
-        names = {"off": "off", "on": "fastppo on"}
-        medians_ms = {names[name]: 1e3 * statistics.median(row[stage] for row in seconds[name]) for name in made}
-        note = f"deterministic=True off and on, in turns; median of {options.rounds}"
-        shape = f"{model}: {what}, 32 sequences of 64 new tokens, mini-batch 8, 4 epochs"
-        told = dict(baseline="off", note=note, csv=not options.no_csv)
-        harness.report("deterministic", shape, torch.float32, medians_ms, **told)
+        spent = {name: [row[stage] for row in rows] for name, rows in seconds.items()}
+        report(f"{model}: {what}, 32 sequences of 64 new tokens, mini-batch 8, 4 epochs", spent, options)
+
+
+def late(options: argparse.Namespace) -> None:
+    """Two processes that take turns, with a value head and with two backbones."""
+    for value_head, what in ((True, "value head"), (False, "two backbones")):
+        specs = {name: {"value_head": value_head, "config": {"deterministic": name == "on"}} for name in ("off", "on")}
+        sides = {name: Side(name, sys.executable, "fastppo", spec, worker=WORKER) for name, spec in specs.items()}
+        for number in range(options.rounds + 1):
+            for side in sides.values():
+                side.run(keep=number > 0)
+        for side in sides.values():
+            side.close()
+        spent = {name: [result["wall_s"] for result in side.results] for name, side in sides.items()}
+        shape = f"GPT-2, 4.6 M, late trainer, {what}: update, 16 sequences of 64 new tokens, mini-batch 4, 4 epochs"
+        report(shape, spent, options)
+
+
+def report(shape: str, seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """seconds: of each round, by "off" and "on"."""
+    names = {"off": "off", "on": "fastppo on"}
+    medians_ms = {names[name]: 1e3 * statistics.median(spent) for name, spent in seconds.items()}
+    note = f"deterministic=True off and on, in turns; median of {options.rounds}"
+    told = dict(baseline="off", note=note, csv=not options.no_csv)
+    harness.report("deterministic", shape, torch.float32, medians_ms, **told)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def tiny(kind, ragged: bool, seed: int):
 
 
 def speed(package: str, spec: dict) -> None:
-    """spec: value_head (fastppo alone), ragged, threads."""
+    """spec: value_head (fastppo alone), ragged, threads, config (more of PPOConfig)."""
     torch.set_num_threads(spec.get("threads", 2))
     module = importlib.import_module(f"{package}.experimental.ppo")
     ours, ragged = package != "trl", spec.get("ragged", False)
@@ -164,6 +164,7 @@ def speed(package: str, spec: dict) -> None:
         per_device_train_batch_size=4, gradient_accumulation_steps=BATCH // 4, num_mini_batches=4 if ours else 1,
         num_ppo_epochs=4, total_episodes=BATCH * 1000, response_length=RESPONSE, num_sample_generations=0,
         temperature=1.0, stop_token="eos" if ragged else None, **({"gradient_checkpointing": False} if ours else {}),
+        **spec.get("config", {}),
     )  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(4, VOCABULARY, (64, 32), generator=draw).tolist()
