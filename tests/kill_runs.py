@@ -7,11 +7,14 @@ a script ("sft", "reward", "ppo", "classic") and the commands ("fastppo train", 
 A moment is a number of calls: a run counts the Python and C functions that it calls and kills itself at the drawn one, so that
 nothing depends on how fast the machine is. Moments are drawn from the whole run, models and checkpoints included; with
 "on_disk" from its file operations alone, where a half-written checkpoint could come from; with "clock" they are
-seconds, and the parent kills (a run may then have ended before).
-Prints one JSON object: kind -> list of {"moments": shares of the run, "killed": how often, "differs": names}.
+seconds, and the parent kills (a run may then have ended before). With "full" nobody kills: from the drawn moment on, counted
+in files and folders that Python makes or renames in the run's folder, the disk is full, and the run must end with a message.
+Prints one JSON object: kind -> list of {"moments": shares of the run, "killed": how often, "bugs": starts that ended by
+what is no message, "differs": names}.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -32,6 +35,7 @@ from saving_cases import COMMON, build
 from sft_cases import make_model, make_tokenizer, rows
 from tqdm import tqdm
 
+from fastppo.checkpoint import CheckpointError
 from fastppo.cli import main as command
 
 CLASSIC_STEPS = 12
@@ -57,6 +61,11 @@ TRAIN += " --mini-batch-size 2 --ppo-epochs 1 --max-new-tokens 4 --probes 2 --le
 # tqdm's own lock is a semaphore that forks share: a run killed while it draws a bar would keep it from all later ones
 tqdm.set_lock(threading.RLock())
 LONGEST = 600  # seconds for a run: one that hangs ends
+TOLD, BUG = 3, 1  # exit status of a run that ended with a message, with anything else
+
+
+class Ended(Exception):
+    """A command's own way to end."""
 
 
 # --- scripts ----------------------------------------------------------------------------------------------------------
@@ -129,7 +138,7 @@ def train_by_command(kind: str, folder: str) -> dict:
     """Digests of the models that the command wrote."""
     stage = kind.split()[1]
     if status := command(ppo_command(folder) if stage == "train" else command_line(stage, folder)):
-        raise RuntimeError(f"{kind} ended with status {status}")
+        raise Ended(f"{kind} ended with status {status}")
     if stage == "train":
         steps = [json.loads(line)["step"] for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         weights = Path(folder, "policy/model.safetensors").read_bytes()
@@ -145,16 +154,28 @@ def train_by_command(kind: str, folder: str) -> dict:
 # --- moments ----------------------------------------------------------------------------------------------------------
 
 
+def is_write(event: str, arguments: tuple, folder: str) -> bool:
+    """Whether an audit event is of a file or folder that is made or renamed in `folder`."""
+    if event not in ("open", "os.mkdir", "os.rename") or not isinstance(arguments[0], (str, os.PathLike)):
+        return False
+    makes = event != "open" or bool(arguments[2] & os.O_CREAT)
+    return makes and os.fspath(arguments[0]).startswith(folder)
+
+
 @contextlib.contextmanager
-def counted(moments: str, kill_at: int | None):
-    """Counts moments while the block runs and kills at number `kill_at`; yields a function that says how many there were."""
+def counted(moments: str, kill_at: int | None, folder: str):
+    """Counts moments while the block runs and kills at number `kill_at`, or fills the disk; yields what says how many there were."""
     ticks, seen = itertools.count(1), [0]
 
     def tick() -> None:
         seen[0] = next(ticks)
+        if moments == "full" and kill_at and seen[0] >= kill_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if seen[0] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if moments == "full":
+        sys.addaudithook(lambda event, arguments: tick() if is_write(event, arguments, folder) else None)
     if moments == "on_disk":
         sys.addaudithook(lambda event, _: tick() if event in ON_DISK else None)
     elif moments == "calls":
@@ -171,13 +192,15 @@ def start(kind: str, folder: str, moments: str, kill_at: int | None) -> int:
     signal.alarm(LONGEST)
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
-    status = 1
+    status = BUG
     try:
-        with counted(moments, kill_at) as count:
+        with counted(moments, kill_at, folder) as count:
             made = (train_by_command if " " in kind else train)(kind, folder)
             found = {"made": made, "moments": count()}
         Path(f"{folder}.json").write_text(json.dumps(found))
         status = 0
+    except (Ended, CheckpointError):
+        status = TOLD
     except BaseException:
         traceback.print_exc()
     finally:
@@ -193,7 +216,7 @@ def finish(kind: str, folder: str, moments: str = "clock") -> dict:
 
 
 def killed_run(kind: str, moments: str, total: float, shares: list[float], wanted: dict) -> dict:
-    killed = 0
+    killed = bugs = 0
     with tempfile.TemporaryDirectory() as place:
         folder, left = os.path.join(place, "run"), total
         for share in shares:
@@ -202,12 +225,13 @@ def killed_run(kind: str, moments: str, total: float, shares: list[float], wante
             if moments == "clock":
                 time.sleep(at)
                 os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            bugs += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == BUG
             if Path(f"{folder}.json").exists():
                 break
             killed += 1
         made = finish(kind, folder)["made"]
-    return {"moments": shares, "killed": killed, "differs": [name for name in wanted if made[name] != wanted[name]]}
+    differs = [name for name in wanted if made[name] != wanted[name]]
+    return {"moments": shares, "killed": killed, "bugs": bugs, "differs": differs}
 
 
 def kill(kind: str, count: int, moments: str, draw: Callable[[], float]) -> list[dict]:
@@ -221,7 +245,7 @@ def kill(kind: str, count: int, moments: str, draw: Callable[[], float]) -> list
 
 
 def main(kinds: dict[str, int], moments: str) -> dict:
-    """moments: "calls", "on_disk" or "clock"."""
+    """moments: "calls", "on_disk", "clock" or "full"."""
     torch.set_num_threads(1)
     draw = random.Random(None if os.environ.get("FASTPPO_LONG") else 0)
     with tempfile.TemporaryDirectory() as place:
@@ -230,7 +254,8 @@ def main(kinds: dict[str, int], moments: str) -> dict:
         for kind in kinds:  # imports what the runs will need
             if " " not in kind:
                 Classic(place) if kind == "classic" else build(kind, place)
-        return {kind: kill(kind, count, moments, lambda: draw.uniform(0.02, 0.95)) for kind, count in kinds.items()}
+        most = 1 if moments == "full" else 0.95  # a run that is killed at its very end has ended
+        return {kind: kill(kind, count, moments, lambda: draw.uniform(0.02, most)) for kind, count in kinds.items()}
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ template <bool kShuffle, bool kMask, bool kStops>
 FASTPPO_INLINE double walk(const GAE& g, const Coefficients& c, const Row& row, double* sums) {
   Carried k;
   int64_t t = row.n - (row.n - 1 - row.last) / 16 * 16;  // nothing comes in from padding on the right
-  std::memset(row.advantages + t, 0, (row.n - t) * 4), std::memset(row.returns + t, 0, (row.n - t) * 4);
+  if (t < row.n) std::memset(row.advantages + t, 0, (row.n - t) * 4), std::memset(row.returns + t, 0, (row.n - t) * 4);
   while (t >= 16) {
     const int64_t end = k.first ? t - 16 : std::max(t % 16, t - 16 * kBlocks), count = kMask || k.first ? 0 : t - end;
     for (; t > end; t -= 16) {
