@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from fastppo.cli import main
 from fastppo.cli.errors import UserError
 from fastppo.cli.plan import PRESETS, configuration
-from fastppo.planner import CannotPlan, Job, Planner, Rates, read_rates, seconds
+from fastppo.planner import CannotPlan, Job, Planner, Rates, passes, read_rates, seconds
 from fastppo.planner.passes import Setting, count
 
 HERE = Path(__file__).parent
@@ -125,6 +125,18 @@ def test_a_llama_layer_by_hand():
     least = 4 * (4 * 512 + 512 + 2 * 256 + 512 + 4 * 1376)
     kept = counted.passes.kept(4096) / 4096 / 4
     assert least <= kept <= 1.7 * least
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True, "lora_rank": 4, "autocast": True}])
+def test_shallow_models_tell_of_deep_ones(monkeypatch, more):
+    config, setting = AutoConfig.for_model("llama", **LLAMA | {"num_hidden_layers": 6}), Setting(**more)
+    found = passes._count(config, setting)
+    monkeypatch.setattr(passes, "SHALLOW", (7, 8))  # the model itself is run
+    wanted = passes._count(config, setting)
+    assert found._replace(passes=None) == wanted._replace(passes=None)
+    for name, held in wanted.passes._asdict().items():
+        for tokens in (256, 4096, 65536):
+            assert getattr(found.passes, name)(tokens) == pytest.approx(held(tokens), rel=0.005), (name, tokens)
 
 
 def test_more_devices_less_memory_and_lora_least():

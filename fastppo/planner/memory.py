@@ -66,8 +66,8 @@ class Job:
         """Whether training runs on fastppo/engine, which keeps less than autograd."""
         known = self.config.model_type in ("gpt2", "llama", "mistral", "qwen2", "qwen3")
         plain = self.lora_rank is None and not self.sharded and self.precision != "bf16-weights"
-        alone = self.trainer == "classic" or (self.processes == 1 and self.precision == "fp32")
-        return self.device == "cpu" and known and plain and alone and not self.gradient_checkpointing
+        learns = self.trainer == "classic" or self.precision == "fp32"
+        return self.device == "cpu" and known and plain and learns and not self.gradient_checkpointing
 
     @property
     def setting(self) -> Setting:
@@ -227,8 +227,8 @@ class Planner:
         trained = self._held(trained=True) * self.backbones
         parts = {"gradients": self._share(trained)}
         if job.processes > 1 and not job.sharded:
-            # the reducer's buckets; the classic trainer averages by itself: on a CPU no page of the reducer's is touched
-            touched = job.device == "cuda" or job.trainer == "late"
+            # the reducer's buckets; the classic trainer and the engine add up by themselves: on a CPU no page of them is touched
+            touched = job.device == "cuda" or (job.trainer == "late" and not job.on_engine)
             parts["DDP buckets"] = trained if touched else min(DDP_BUCKET, trained)
         peak = int(self._most_in_training(tokens, parts["gradients"]))
         if job.sharded:

@@ -1,20 +1,20 @@
 """What a model's passes hold, found by running the model itself on tensors without storage (torch's FakeTensorMode).
 
 No formula per architecture: transformers' own code runs, every tensor that it makes is counted while it lives, and
-attention keeps what a flash kernel keeps (q, k, v, its output and log-sums). Nothing is computed, so that 70 B parameters
-take seconds and no memory. Suffixes: N packed tokens, R response tokens of them, D hidden.
+attention keeps what a flash kernel keeps (q, k, v, its output and log-sums). Nothing is computed, and where all layers are
+alike two shallow models tell what a layer adds, so that 70 B parameters take seconds and no memory. Suffixes: N packed tokens, R response tokens of them, D hidden.
 """
 
 import contextlib
+import copy
 import warnings
-import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from fastppo.planner.live import Cached, Live
 
 ATTENTION = "fastppo_plan"
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -23,62 +23,6 @@ NORMS_AND_BIASES = 1  # dimensions of parameters that no matrix product reads
 
 class CannotPlan(ValueError):
     """The model's passes cannot be counted; the message says why."""
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors made inside that are alive, and the most there were. apart: tensors that are not counted."""
-
-    def __init__(self, apart: Iterable[torch.Tensor]):
-        super().__init__()
-        self.now = self.most = 0
-        self._apart = {id(storage): storage for storage in (x.untyped_storage() for x in apart)}
-        self._storages: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for x in tree_leaves(made):
-            if isinstance(x, torch.Tensor):
-                self._count(x.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._storages or key in self._apart:
-            return
-
-        def gone(_):
-            self.now -= size
-            self._storages.pop(key, None)
-
-        self._storages[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q_1HND, k_1KND, v_1KND):
-        out = q_1HND.new_empty(1, q_1HND.shape[2], q_1HND.shape[1], v_1KND.shape[3])
-        ctx.save_for_backward(q_1HND, k_1KND, v_1KND, out, q_1HND.new_empty(q_1HND.shape[:3], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-@dataclass
-class _Cached:
-    """Bytes that a token's keys and values take, as the attention function sees them."""
-
-    bytes_per_token: int = 0
-    seen: set[int] = field(default_factory=set)
-
-    def attend(self, module, q, k, v, attention_mask=None, **_) -> tuple[torch.Tensor, None]:
-        if id(module) not in self.seen:
-            self.seen.add(id(module))
-            self.bytes_per_token += 2 * k.shape[1] * k.shape[3] * k.dtype.itemsize
-        return _Attention.apply(q, k, v), None
 
 
 class Parameters(NamedTuple):
@@ -114,6 +58,40 @@ class Passes(NamedTuple):
     scoring: Bytes
 
 
+class Run(NamedTuple):
+    """Passes' numbers of one packed pass."""
+
+    rollout: float
+    kept: float
+    backward: float
+    scoring: float
+
+    def at_depth(self, layers: int, deeper: "Run") -> "Run":
+        """Of a model of more layers, from two of SHALLOW's. What backward adds is the deeper one's: where a few layers are
+        deep enough that the most is held when it begins, it is the same with every further layer."""
+        rollout, kept, _, scoring = (_at(layers, SHALLOW, pair) for pair in zip(self, deeper, strict=True))
+        return Run(rollout, kept, kept + deeper.backward - deeper.kept, scoring)
+
+
+class Measured(NamedTuple):
+    """runs: for each of SAMPLES' pairs of sizes.   kv_bytes: of a token's keys and values."""
+
+    runs: list[list[Run]]
+    kv_bytes: float
+
+    def at_depth(self, layers: int, deeper: "Measured") -> "Measured":
+        both = zip(self.runs, deeper.runs, strict=True)
+        runs = [[x.at_depth(layers, y) for x, y in zip(*pairs, strict=True)] for pairs in both]
+        return Measured(runs, _at(layers, SHALLOW, (self.kv_bytes, deeper.kv_bytes)))
+
+    def lines(self) -> Passes:
+        def through(name: str) -> Bytes:
+            pairs = zip(SAMPLES, self.runs, strict=True)
+            return Bytes(tuple(_line(tokens, [getattr(run, name) for run in runs]) for tokens, runs in pairs))
+
+        return Passes(*map(through, Passes._fields))
+
+
 class Counted(NamedTuple):
     """A model as the planner needs it."""
 
@@ -145,6 +123,8 @@ class Setting:
 
 # packed tokens of the runs that give a line each: where weights' own gradients are the most, and where tokens are
 SAMPLES = ((256, 512), (16384, 32768))
+# layers of the models that are run; 1 would hide what lies beside a layer's own in a layer's
+SHALLOW = (2, 4)
 
 
 _COUNTED: dict[tuple[str, Setting], Counted] = {}
@@ -163,35 +143,23 @@ def _count(config, setting: Setting) -> Counted:
 
     Raises CannotPlan where it has no attention that packs, or looks at its tensors' values (experts).
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AttentionInterface
-
     from fastppo import attention
 
     if any(getattr(config.get_text_config(), name, None) for name in EXPERTS):
         raise CannotPlan("a mixture of experts sends tokens by their values, which fastppo plan does not have")
-    cached = _Cached()
-    AttentionInterface.register(ATTENTION, cached.attend)
-    model = _make(config, setting)
+    model, text = _make(config, setting), config.get_text_config()
     if why := attention.unsupported(model):
         raise CannotPlan(f"{why}: its sequences are padded, which fastppo plan does not count")
-    attention.unwrap(model).set_attn_implementation(ATTENTION)
-    with FakeTensorMode():
-        _give_devices(model)
-        parameters = _parameters(model)
-        try:
-            runs = [[_run(model, setting, tokens) for tokens in pair] for pair in SAMPLES]
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            raise CannotPlan(f"{type(model).__name__} could not be run without values: {error}") from error
-    lines = [
-        Bytes(tuple(_line(pair, [run[i] for run in two]) for pair, two in zip(SAMPLES, runs, strict=True)))
-        for i in range(4)
-    ]
-    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    if layers > max(SHALLOW) and _layers_are_alike(model, layers):
+        few, more = (_passes(_make(_with_layers(config, depth), setting), setting) for depth in SHALLOW)
+        found = few.at_depth(layers, more)
+    else:
+        found = _passes(model, setting)
     return Counted(
-        parameters,
-        Passes(*lines),
-        cached.bytes_per_token,
+        _parameters(model),
+        found.lines(),
+        int(found.kv_bytes),
         text.num_hidden_layers,
         text.hidden_size,
         text.vocab_size,
@@ -219,6 +187,49 @@ def _make(config, setting: Setting):
     return model
 
 
+def _layers_are_alike(model, layers: int) -> bool:
+    sizes = _layer_sizes(model)
+    return len(sizes) == layers and len(set(sizes)) == 1
+
+
+def _layer_sizes(model) -> list[int]:
+    """Numbers of parameters of the decoder layers."""
+    from fastppo.attention import unwrap
+
+    inner = unwrap(model)
+    kinds = set(getattr(inner, "_no_split_modules", None) or ())
+    return [sum(p.numel() for p in m.parameters()) for m in inner.modules() if type(m).__name__ in kinds]
+
+
+def _with_layers(config, layers: int):
+    """`config` for so many layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def _passes(model, setting: Setting) -> Measured:
+    """Run it at each of SAMPLES' sizes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AttentionInterface
+
+    from fastppo import attention
+
+    cached = Cached()
+    AttentionInterface.register(ATTENTION, cached.attend)
+    attention.unwrap(model).set_attn_implementation(ATTENTION)
+    with FakeTensorMode():
+        _give_devices(model)
+        try:
+            runs = [[_run(model, setting, tokens) for tokens in pair] for pair in SAMPLES]
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            raise CannotPlan(f"{type(model).__name__} could not be run without values: {error}") from error
+    return Measured(runs, cached.bytes_per_token)
+
+
 def _give_devices(model) -> None:
     """Tensors on "cpu" without storage for those on "meta", for which autocast does nothing; what is tied stays tied."""
     made: dict[int, torch.Tensor] = {}
@@ -241,8 +252,7 @@ def _parameters(model) -> Parameters:
     named = list(model.parameters())
     head = inner.get_output_embeddings().weight
     apart = {id(head), id(inner.get_input_embeddings().weight)}
-    kinds = set(getattr(inner, "_no_split_modules", None) or ())
-    layers = [sum(p.numel() for p in m.parameters()) for m in inner.modules() if type(m).__name__ in kinds]
+    layers = _layer_sizes(model)
     trained = [p for p in named if p.requires_grad]
     everything = sum(p.numel() for p in named)
     return Parameters(
@@ -257,8 +267,7 @@ def _parameters(model) -> Parameters:
     )
 
 
-def _run(model, setting: Setting, tokens: int) -> tuple[int, int, int, int]:
-    """Passes' numbers, for one packed pass."""
+def _run(model, setting: Setting, tokens: int) -> Run:
     from fastppo.activations import fused_gelu
     from fastppo.models.head import backbone
 
@@ -284,9 +293,16 @@ def _run(model, setting: Setting, tokens: int) -> tuple[int, int, int, int]:
                 hidden = forward()
             kept = training.now
             hidden.backward(torch.empty_like(hidden))
-    return rollout.most, kept, training.most, scoring.most
+    return Run(rollout.most, kept, training.most, scoring.most)
 
 
-def _line(tokens: tuple[int, int], values: list[int]) -> tuple[float, float]:
-    slope = (values[1] - values[0]) / (tokens[1] - tokens[0])
-    return slope, values[0] - slope * tokens[0]
+def _line(at: tuple[int, int], values: Sequence[float]) -> tuple[float, float]:
+    """(slope, value at 0) of the line through two points."""
+    slope = (values[1] - values[0]) / (at[1] - at[0])
+    return slope, values[0] - slope * at[0]
+
+
+def _at(place: int, places: tuple[int, int], values: Sequence[float]) -> float:
+    """What lies at `place` on the line through the values at two places."""
+    slope, constant = _line(places, values)
+    return slope * place + constant
