@@ -1,4 +1,4 @@
-"""Weak scaling on a CPU: the whole loop in one process with one thread, and in two over gloo (DDP) with one thread each.
+"""Weak scaling on a CPU: the whole loop in one process with one thread, and in two (DDP) with one thread each.
 
 Two processes that know nothing of each other run as well: what they lose is the machine's (memory, clock), not fastppo's.
 

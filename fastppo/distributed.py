@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from fastppo import zero
+from fastppo import host_group, zero
 from fastppo.gradients import FlatGradients
 from fastppo.score import NonFinite
 
@@ -196,7 +196,16 @@ def backward(accelerator: "Accelerator", loss: torch.Tensor, last: bool) -> None
 def add_up(flat: FlatGradients) -> None:
     """Each .grad to its sum over processes, as a part of `flat`. Every process must call it."""
     flat.take()
-    torch.distributed.all_reduce(flat.whole)
+    add_up_tensor(flat.whole)
+
+
+def add_up_tensor(numbers: torch.Tensor) -> None:
+    """A contiguous tensor to its sum over processes: in memory that they share, or by torch's collective."""
+    group = host_group.of_world(numbers.device) if numbers.dtype == torch.float32 else None
+    if group is None:
+        torch.distributed.all_reduce(numbers)
+    else:
+        group.add_up(numbers)
 
 
 def reduce_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 << 20) -> None:
@@ -206,7 +215,7 @@ def reduce_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 32 
     for parameter in [*parameters, None]:
         if bucket and (parameter is None or size >= bucket_bytes or parameter.grad.dtype != bucket[0].dtype):
             flat = torch.cat([grad.flatten() for grad in bucket])
-            torch.distributed.all_reduce(flat)
+            add_up_tensor(flat)
             for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
             bucket, size = [], 0
@@ -225,6 +234,9 @@ def table(accelerator: "Accelerator", numbers: Sequence[float]) -> torch.Tensor:
 
 def begin_table(accelerator: "Accelerator", numbers: Sequence[float]) -> Callable[[], torch.Tensor]:
     """table(), begun here and waited for in the call of what is returned; other work may lie in between."""
+    if group := accelerator.num_processes > 1 and host_group.of_world(accelerator.device):
+        found = group.table(numbers)
+        return lambda: found
     row = torch.tensor(numbers, dtype=torch.float64)
     if accelerator.num_processes == 1:
         return lambda: row[None]
@@ -241,8 +253,14 @@ def begin_table(accelerator: "Accelerator", numbers: Sequence[float]) -> Callabl
 
 
 def total(accelerator: "Accelerator", tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over processes, elementwise."""
-    return accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor
+    """Sum over processes, elementwise, of a tensor of floats."""
+    return everyones(accelerator, tensor).sum(0) if accelerator.num_processes > 1 else tensor
+
+
+def everyones(accelerator: "Accelerator", tensor: torch.Tensor) -> torch.Tensor:
+    """[processes, *tensor.shape]: the tensors of all processes, of one shape and dtype."""
+    group = host_group.of_world(tensor.device)
+    return accelerator.gather(tensor[None]) if group is None else group.gather(tensor)
 
 
 class Share(NamedTuple):

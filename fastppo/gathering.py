@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastppo.distributed import table
+from fastppo.distributed import everyones, table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,7 +22,7 @@ def gather(accelerator: "Accelerator", tensors: Mapping[str, Tensor]) -> dict[st
     own = torch.cat([x.detach().flatten().view(torch.uint8) for x in tensors.values()])
     padded = own.new_zeros(int(bytes_PK.sum(1).max()))
     padded[: len(own)] = own
-    received_P = accelerator.gather(padded).view(accelerator.num_processes, -1)
+    received_P = everyones(accelerator, padded)
     parts_PK = [row[: sum(sizes)].split(sizes) for row, sizes in zip(received_P, bytes_PK.tolist(), strict=True)]
     return {
         name: torch.cat(parts_P).view(x.dtype).view(-1, *x.shape[1:])

@@ -215,10 +215,9 @@ class PackedLearner:
         had = [parameter.grad is not None for parameter in parameters]
         if self.trainer.accelerator.num_processes > 1:
             sums = [result.sums.sums() for result in results]
-            read = distributed.begin_table(
-                self.trainer.accelerator, [part[name] for part in sums for name in STATS] + had
-            )
+            own = [part[name] for part in sums for name in STATS] + had
             with distributed.named("the gradients of a mini-batch"):
+                read = distributed.begin_table(self.trainer.accelerator, own)
                 if self.flat is not None:
                     distributed.add_up(self.flat)
                 numbers = read()

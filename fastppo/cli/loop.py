@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastppo import distributed
 from fastppo.cli.errors import UserError
 
 
@@ -113,8 +114,7 @@ class Interrupts:
     def anywhere(self, accelerator: Any) -> bool:
         """Whether any process was asked: all stop after the same step."""
         if accelerator.num_processes > 1:
-            asked = torch.tensor([float(self.asked)], device=accelerator.device)
-            self.asked = bool(accelerator.gather(asked).any())
+            self.asked = bool(distributed.table(accelerator, [self.asked]).any())
         return self.asked
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastppo import distributed
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -59,7 +61,7 @@ class RunningMoments:
 
     def _sum_over_processes(self, sums: torch.Tensor) -> list[float]:
         if self.accelerator is not None and self.accelerator.use_distributed:
-            sums = self.accelerator.reduce(sums, reduction="sum")
+            sums = distributed.total(self.accelerator, sums)
         return sums.tolist()
 
     def save_to_json(self, json_path: str) -> None:
