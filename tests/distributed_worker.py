@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastppo
+from fastppo import host_group
 from fastppo.distributed import fsdp_units, kind
 from fastppo.experimental.ppo.engines import Fused
 
@@ -487,6 +488,8 @@ def main() -> None:
     for name in names.split(","):
         run_case(name, Path(folder))
     if WORLD > 1:
+        shared = host_group.of_world(torch.device("cpu")) is not None
+        (Path(folder) / f"shared_memory.{RANK}.json").write_text(json.dumps(shared))
         torch.distributed.destroy_process_group()
 
 

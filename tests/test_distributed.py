@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastppo import host_group
+
 HERE = Path(__file__).parent
 CLASSIC = ["plain", "everything", "early_stopping", "lora", "padded", "rollout", "fewer", "skipped"]
 RESUMED = ["resume", "resume_lora"]
@@ -126,6 +128,16 @@ def test_cases_do_what_their_names_say(folder):
     assert all(log(case)[-1]["bitwise"] for case in [*RESUMED, "late_resume", *DETERMINISTIC, *SUPERVISED_RESUMED])
     assert all(log("late_deterministic")[-2]["exact"])
     assert all(log(case)[-1]["best"] for case in SUPERVISED_RESUMED)
+
+
+@pytest.mark.parametrize("launch", ["ddp2", "ddp4", "fsdp2"])
+def test_processes_of_one_host_share_memory(folder, launch):
+    """Where the system lets a process look at another's files, which a sandbox may not."""
+    file = host_group._anonymous_file(4096)
+    mapped = file is not None and host_group._map(f"/proc/{os.getpid()}/fd/{file}", 4096, [os.getpid()])
+    done = results(launch, folder)
+    found = [json.loads((done / f"shared_memory.{rank}.json").read_text()) for rank in range(LAUNCHES[launch][0])]
+    assert found == [bool(mapped)] * LAUNCHES[launch][0]
 
 
 @pytest.mark.parametrize("launch", ["ddp2", "fsdp2"])
