@@ -172,6 +172,9 @@ def _everyones(mine) -> list:
 
 
 def _seconds(group) -> float:
-    """The group's time-out, which accelerate got from config.ddp_timeout."""
-    backend = group._get_backend(torch.device("cpu"))
-    return getattr(backend.options, "_timeout", torch.distributed.constants.default_pg_timeout).total_seconds()
+    """The group's time-out, which accelerate got from config.ddp_timeout; torch's own where it has none for CPU tensors."""
+    try:
+        options = group._get_backend(torch.device("cpu")).options
+    except RuntimeError:
+        options = None
+    return getattr(options, "_timeout", torch.distributed.constants.default_pg_timeout).total_seconds()
