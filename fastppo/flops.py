@@ -29,8 +29,8 @@ class Cost(NamedTuple):
         return self.token * sum(lengths) + self.token_position * attention + self.response * sum(responses)
 
 
-def cost(model, head) -> Cost:
-    """model: a value-head model that can be packed; head: its Head."""
+def cost(model, head: torch.nn.Module) -> Cost:
+    """model: a transformers model that can be packed, perhaps in wrappers; head: the layer that reads its hidden states."""
     from fastppo.attention import unwrap
     from fastppo.engine.spec import read
     from fastppo.models.head import backbone
@@ -38,18 +38,32 @@ def cost(model, head) -> Cost:
     spec = read(model)
     top = 0.0 if isinstance(spec, str) else 2.0 * sum(m.weight.numel() for m in spec.blocks[-1].past_attention)
     inner = unwrap(model)
-    embeddings = {id(layer.weight) for layer in (inner.get_input_embeddings(), inner.get_output_embeddings())}
+    tables = inner.get_input_embeddings(), inner.get_output_embeddings()  # a classifier has no output embeddings
+    embeddings = {id(layer.weight) for layer in tables if layer is not None}
     matrices = [p for p in backbone(model).parameters() if p.dim() >= 2 and id(p) not in embeddings]
+    # PEFT's wrappers hold several, and say which acts
+    read = [head.weight] if hasattr(head, "weight") else [p for p in head.parameters() if p.dim() >= 2]
     config = inner.config.get_text_config()
-    frozen = not any(p.requires_grad for p in inner.parameters() if p.dim() >= 2) or bool(
-        getattr(model, "is_peft_model", False)
-    )
+    adapted = getattr(model, "is_peft_model", False) or hasattr(model, "peft_config")
+    frozen = adapted or not any(p.requires_grad for p in inner.parameters() if p.dim() >= 2)
     return Cost(
-        token=2.0 * sum(p.numel() for p in matrices) - top,
+        token=2.0 * sum(map(_count, matrices)) - top,
         token_position=4.0 * config.num_hidden_layers * config.hidden_size,
-        response=2.0 * head.weight_VD.numel() + top,
+        response=2.0 * sum(map(_count, read)) + top,
         trained=2.0 if frozen else 3.0,
     )
+
+
+def policy_cost(model) -> Cost:
+    """Of a language model."""
+    from fastppo.attention import unwrap
+
+    return cost(model, unwrap(model).get_output_embeddings())
+
+
+def _count(parameter: torch.Tensor) -> int:
+    """Numbers of the whole parameter; ZeRO-3 leaves an empty tensor of it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @functools.cache
@@ -75,5 +89,14 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, threads: int) -
     return 2 * n**3 / best
 
 
-def utilisation(flops: float, seconds: float, device: torch.device, dtype: torch.dtype) -> float:
-    return flops / max(seconds, 1e-9) / matmul_flops_per_s(device, dtype, torch.get_num_threads())
+def utilisation(
+    prepare: tuple[float, float], optimise: tuple[float, float], device: torch.device, mixed_precision: str
+) -> dict[str, float]:
+    """fastppo/: MFU of both stages, from the (needed FLOPs, seconds) of each, and the rate that it is a share of."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    rate = matmul_flops_per_s(device, dtype, torch.get_num_threads())
+    shares = {
+        f"fastppo/{name}_mfu": flops / max(seconds, 1e-9) / rate
+        for name, (flops, seconds) in {"prepare": prepare, "optimise": optimise}.items()
+    }
+    return shares | {"fastppo/matmul_flops_per_s": rate}

@@ -5,6 +5,7 @@ import torch
 from late_cases import trainer
 from sft_cases import make_model
 
+from fastppo import flops
 from fastppo.experimental.ppo import engines
 from fastppo.kernels import _recycle
 
@@ -52,6 +53,7 @@ def test_weights_are_those_of_autograd(tmp_path, monkeypatch, family, value):
 @pytest.mark.parametrize("own_modules", [False, True])
 def test_memory_of_the_rollout_is_the_engines_or_given_back_before_learning(tmp_path, monkeypatch, own_modules):
     monkeypatch.setattr(_recycle, "WORTH_IT", 1)  # so few bytes are fresh memory each time otherwise
+    flops.matmul_flops_per_s(torch.device("cpu"), torch.float32, torch.get_num_threads())  # once, in that memory
     _recycle.release()
     if own_modules:
         monkeypatch.setattr(engines, "fused_for", lambda trainer: "not now")

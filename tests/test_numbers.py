@@ -1,5 +1,6 @@
 """Tokens per second, MFU, peak memory and padding saved, each against a computation of its own, and what the terminal shows."""
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastppo
-from fastppo import flops
+from fastppo import flops, metrics
 from fastppo.cli.loop import Step
 from fastppo.cli.screen import Screen, speed
 
@@ -29,14 +30,14 @@ def classic(monkeypatch, **options):
     return made, made.step(*tokens, [torch.tensor(float(i)) for i in range(4)])
 
 
-def counted_flops(model) -> float:
+def counted_flops(model, queries: list[int], responses: list[int], labels: int | None = None) -> float:
     """Of the products that one forward over the batch needs: counted by PyTorch, less what no response token needs."""
     model.set_attn_implementation("eager")  # bmm, so that it is counted
-    layers, V = model.model.layers, 96
+    layers, V = model.model.layers, labels or model.config.vocab_size
     last = [layers[-1].self_attn.o_proj, *(getattr(layers[-1].mlp, n) for n in ("gate_proj", "up_proj", "down_proj"))]
     past_attention = 2 * sum(x.weight.numel() for x in last)
     total = 0.0
-    for query, response in zip(QUERIES, RESPONSES, strict=True):
+    for query, response in zip(queries, responses, strict=True):
         n = query + response
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(input_ids=torch.arange(n)[None], use_cache=False)
@@ -59,7 +60,7 @@ def test_statistics_of_the_classic_trainer(monkeypatch, packed):
     assert stats["fastppo/prepare_tokens_per_s"] == pytest.approx(tokens / prepare)
     assert stats["fastppo/optimise_tokens_per_s"] == pytest.approx(tokens * made.config.ppo_epochs / optimise)
     if packed:
-        needed = counted_flops(made.model.pretrained_model)
+        needed = counted_flops(made.model.pretrained_model, QUERIES, RESPONSES)
         assert stats["fastppo/prepare_mfu"] * prepare * RATE == pytest.approx(2 * needed, rel=1e-6)
         epochs = made.config.ppo_epochs
         assert stats["fastppo/optimise_mfu"] * optimise * RATE == pytest.approx(3 * epochs * needed, rel=1e-6)
@@ -81,7 +82,10 @@ def test_peak_memory_is_the_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("value", [True, False], ids=["two_backbones", "value_head"])
-def test_metrics_of_the_late_trainer(tmp_path, value):
+def test_metrics_of_the_late_trainer(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(flops, "matmul_flops_per_s", lambda *_: RATE)
+    ticks = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(metrics.Clock, "_now", lambda self: next(ticks))  # s
     seen = []
     run = late_trainer(tmp_path, value=value, total_episodes=8, stop_token="eos")
     rollout = run.rollout
@@ -94,6 +98,13 @@ def test_metrics_of_the_late_trainer(tmp_path, value):
     for phase in ("generate", "prepare", "optimise"):
         assert logs[f"fastppo/{phase}_tokens_per_s"] > 0
     assert logs["fastppo/peak_memory_bytes"] > 2**24
+    parts = [[len(x) for x in parts] for parts in (made.prompts, made.responses)]
+    policy = counted_flops(run.policy_model, *parts)
+    reads = counted_flops(run.value_model, *parts, 1) if value else 0.0
+    # each stage took 2 s; the rollout's own log-probs, and with one backbone its values
+    assert logs["fastppo/prepare_mfu"] * 2 * RATE == pytest.approx(policy + reads, rel=1e-6)
+    assert logs["fastppo/optimise_mfu"] * 2 * RATE == pytest.approx(3 * 4 * (policy + reads), rel=1e-6)
+    assert logs["fastppo/matmul_flops_per_s"] == RATE
 
 
 METRICS = {

@@ -30,7 +30,7 @@ class PackedPath:
     """prepare and optimise over packed sequences; [B, T] matrices hold 0 where there is no response token."""
 
     def __init__(self, trainer, head, reference_head):
-        self.trainer, self.head = trainer, head
+        self.trainer = trainer
         self._trust_rollout = True
         self._mismatch: Mismatch | None = None
         self._cost: flops.Cost | None = None
@@ -170,20 +170,12 @@ class PackedPath:
     def extra_stats(self, batch: Experience, clock: Clock) -> dict[str, float]:
         """fastppo/: MFU of both stages, and the mismatch of rollout and training log-probs where the rollout was ours."""
         t = self.trainer
-        cost = self._cost = self._cost or flops.cost(t.accelerator.unwrap_model(t.model), self.head)
+        cost = self._cost = self._cost or flops.policy_cost(t.accelerator.unwrap_model(t.model))
         responses = [len(r) for r in batch.responses]
         forward = cost.forward(self._sequences.lengths, responses)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.accelerator.mixed_precision, torch.float32)
-        passes = {
-            "prepare": ("forward_pass", 1 if batch.from_rollout else 2),
-            "optimise": ("optimize_step", cost.trained * t.config.ppo_epochs),
-        }
-        stats = {
-            f"fastppo/{name}_mfu": flops.utilisation(forward * times, clock.seconds[stage], t.current_device, dtype)
-            for name, (stage, times) in passes.items()
-        }
-        rate = flops.matmul_flops_per_s(t.current_device, dtype, torch.get_num_threads())
-        stats["fastppo/matmul_flops_per_s"] = rate
+        prepare = forward * (1 if batch.from_rollout else 2), clock.seconds["forward_pass"]
+        optimise = forward * cost.trained * t.config.ppo_epochs, clock.seconds["optimize_step"]
+        stats = flops.utilisation(prepare, optimise, t.current_device, t.accelerator.mixed_precision)
         if self._mismatch is not None:
             stats |= {f"fastppo/mismatch_{name}": value for name, value in self._mismatch._asdict().items()}
         return stats

@@ -142,7 +142,7 @@ class PPOTrainer(BaseTrainer):
         options = decode_options("no" if args.deterministic else self.accelerator.mixed_precision)
         options["batch_invariant"] = args.deterministic
         self.generator = Generator(self.model if shared else self.policy_model, self.tokenizer, **options)
-        self.fused = None  # the models on the engine, made with the first update
+        self.fused = self.costs = None  # the models on the engine, and their FLOPs: made with the first update
         self.guard = Guard(args.on_nonfinite)
         self.micro_rows = 1 if args.deterministic else args.per_device_train_batch_size
         self.train_dataset_len = len(self.train_dataset)
@@ -221,7 +221,8 @@ class PPOTrainer(BaseTrainer):
             learnt = updates.optimise(self, experience, data, number)
         logs = updates.metrics(self, rollout, experience, named, learnt)
         logs["fastppo/generate_tokens_per_s"] = float(rollout.mask_BT.sum()) / clock.seconds["generate"]
-        return logs | metrics.throughput(experience, clock, args.num_ppo_epochs, self.accelerator.device)
+        logs |= metrics.throughput(experience, clock, args.num_ppo_epochs, self.accelerator.device)
+        return logs | updates.utilisation(self, experience, data, clock)
 
     # --- training -----------------------------------------------------------------------------------------------------
 

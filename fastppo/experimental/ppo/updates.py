@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastppo import attention, determinism, distributed
+from fastppo import attention, determinism, distributed, flops
 from fastppo.data import Experience, Rollout
 from fastppo.experience import advantages_and_returns, kl_rewards
 from fastppo.experimental.ppo import learner
 from fastppo.experimental.ppo.engines import fused_of, readers
 from fastppo.experimental.ppo.rewards import Judged
 from fastppo.generation.fast_path import give_back
+from fastppo.metrics import Clock
 from fastppo.packed import Sequences
 
 if TYPE_CHECKING:
@@ -145,6 +146,30 @@ def optimise(trainer: "PPOTrainer", experience: Experience, data: Sequences, num
             args.max_mismatch,
         )
     return made
+
+
+def costs(trainer: "PPOTrainer") -> tuple[flops.Cost, flops.Cost | None, flops.Cost]:
+    """Of the policy, of a value model, of the reference."""
+    policy, value = flops.policy_cost(trainer.policy_model), trainer.value_model
+    separate = None if value is None else flops.cost(value, value.score)
+    return policy, separate, policy if trainer.reference is None else flops.policy_cost(trainer.reference.packed.model)
+
+
+def utilisation(trainer: "PPOTrainer", experience: Experience, data: Sequences, clock: Clock) -> dict[str, float]:
+    """fastppo/: MFU of this process's prepare and optimise, where all models can be packed."""
+    if any(model.packed.why_padded for model in (trainer.policy, trainer.value, trainer.reference or trainer.policy)):
+        return {}
+    if trainer.costs is None:
+        trainer.costs = costs(trainer)
+    policy, value, reference = trainer.costs
+    sizes = data.lengths, [len(response) for response in experience.responses]
+    trained = [(cost.forward(*sizes), cost.trained) for cost in (policy, value) if cost is not None]
+    read = [value, reference] if experience.from_rollout else [policy, value, reference]
+    prepare = sum(cost.forward(*sizes) for cost in read if cost is not None)
+    optimise = trainer.args.num_ppo_epochs * sum(once * times for once, times in trained)
+    spent = clock.seconds["forward_pass"], clock.seconds["optimize_step"]
+    accelerator = trainer.accelerator
+    return flops.utilisation((prepare, spent[0]), (optimise, spent[1]), accelerator.device, accelerator.mixed_precision)
 
 
 def metrics(
