@@ -325,6 +325,16 @@ def together(accelerator: "Accelerator", what: str) -> Iterator[None]:
     raise kinds[codes[rank]](f"process {rank} failed in {what}: {words[rank]}") from error
 
 
+def read_together(accelerator: "Accelerator", batches: Iterator, what: str) -> Iterator:
+    """The items of `batches`; when one process cannot read its next one, all end as together() says."""
+    while True:
+        with together(accelerator, what):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
 @contextlib.contextmanager
 def named(what: str) -> Iterator[None]:
     """A collective that times out or loses its peer says in which stage that was."""

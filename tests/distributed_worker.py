@@ -5,13 +5,14 @@ accelerate launch ... distributed_worker.py FOLDER CASE[,CASE...] launched      
 Every case splits the same 8 (or 7) sequences of a step over the processes, so that mini-batches hold the same ones.
 """
 
+import errno
 import json
 import os
+import signal
 import sys
 import time
 import warnings
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import golden_cases
@@ -396,19 +397,70 @@ def failing_reward(folder: Path) -> None:
     late_cases.trainer(folder, value=False, reward=reward, per_device_train_batch_size=2).train()
 
 
-def failing_rows(name: str, folder: Path) -> None:
-    """Process 1's collator raises at the second step."""
-    run, calls = supervised_trainer(name, folder, max_steps=3), []
-    collate = run.data_collator
+def fails(owner, name: str, rank: int, error: Exception) -> None:
+    """owner.name() raises on process `rank` at its second call."""
+    real, calls = getattr(owner, name), []
 
-    def failing(rows):
-        calls.append(rows)
-        if RANK == 1 and len(calls) == 2:
-            raise ValueError("a row without tokens")
-        return collate(rows)
+    def failing(*args, **kwargs):
+        calls.append(name)
+        if rank == RANK and len(calls) == 2:
+            raise error
+        return real(*args, **kwargs)
 
-    run.data_collator = failing
-    run.train()
+    setattr(owner, name, failing)
+
+
+def failing_stages(folder: Path) -> None:
+    """In each stage one process fails: writes down what each process raised."""
+    from fastppo import checkpoint
+
+    saving, full = {"save_strategy": "steps", "save_steps": 1}, OSError(errno.ENOSPC, "No space left on device")
+
+    def begin(stage: str) -> None:
+        trainer, _, where = stage.partition(" ")
+        if trainer == "classic":
+            made = classic_trainer({})
+            fails(checkpoint, "_write_files", 0, full)
+            made.save_checkpoint(folder / "classic")
+            made.save_checkpoint(folder / "classic")
+            return
+        more = saving if where == "save" else {}
+        run = late_trainer(folder / stage, **more) if trainer == "late" else supervised_trainer(trainer, folder, **more)
+        if where == "save":
+            fails(run, "_write_model" if trainer == "late" else "_save", 0, full)
+        elif where == "rollout":
+            fails(run, "rollout", 1, ValueError("no pages"))
+        else:
+            owner, name = (run.dataloader, "collate_fn") if trainer == "late" else (run, "data_collator")
+            fails(owner, name, 1, ValueError("a row without tokens"))
+        run.train()
+
+    raised = {}
+    for stage in STAGES:
+        try:
+            begin(stage)
+        except (RuntimeError, ValueError) as error:
+            raised[stage] = f"{type(error).__name__}: {error}"
+    (folder / f"raised.{RANK}.json").write_text(json.dumps(raised))
+
+
+STAGES = ("late rows", "late rollout", "late save", "sft rows", "sft save", "reward rows", "classic save")
+
+
+def killed(folder: Path) -> None:
+    """Three steps, a checkpoint after each. When it is started first, process 1 is killed before the third."""
+    made = classic_trainer(CLASSIC["resume"], True)
+    torch.manual_seed(6)
+    found = made.load_checkpoint(folder / "run", missing_ok=True)
+    for number, batch in enumerate(classic_batches(CLASSIC["resume"], 3)):
+        if found is not None and number < found.step:
+            continue
+        if found is None and number == 2 and RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with in_order():
+            sampled_steps(made, [batch])
+        made.save_checkpoint(folder / "run")
+    save_file(weights(made.accelerator, made.model), folder / f"killed.{RANK}.safetensors")
 
 
 def nan_stops(folder: Path) -> None:
@@ -452,11 +504,10 @@ def wait_for_the_end(folder: Path) -> None:
 
 DETERMINISTIC = {"deterministic": deterministic_classic, "late_deterministic": deterministic_late}
 FAILURES = {
-    "failing_sft": partial(failing_rows, "sft"),
-    "failing_reward_rows": partial(failing_rows, "reward"),
+    "failing_stages": failing_stages,
     "nan_stops": nan_stops,
     "failing_reward": failing_reward,
-    "dying": lambda folder: step_after(lambda: os._exit(9), 300.0, folder),
+    "killed": killed,
     "late_process": lambda folder: step_after(lambda: wait_for_the_end(folder), 10.0, folder),
 }
 

@@ -5,6 +5,7 @@ Each launch runs many cases (distributed_worker.py) and has a hard time limit, s
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,8 @@ LATE = ["late", "late_lora", "late_value", "late_whiten", "late_fewer", "late_na
 DETERMINISTIC = ["deterministic", "late_deterministic"]
 SUPERVISED = ["sft", "reward"]
 SUPERVISED_RESUMED = ["sft_resume", "sft_lora_resume", "reward_resume", "reward_lora_resume"]
-FEW = ["everything", "fewer", "late_lora", "late_value", "late_fewer"]
+FEW = ["everything", "early_stopping", "fewer", "lora", "resume", "late_lora", "late_value", "late_fewer"]
+FEW += ["sft_resume", "reward_lora_resume"]
 # launch -> (processes, how parameters lie, cases)
 LAUNCHES = {
     "one": (1, "", CLASSIC + RESUMED + LATE + DETERMINISTIC + SUPERVISED + SUPERVISED_RESUMED),
@@ -222,18 +224,33 @@ def test_an_error_on_one_process_ends_all_with_its_words(tmp_path):
     assert "ValueError: no score for 'cat'" in second and "PeerFailure" not in second
 
 
-@pytest.mark.parametrize("case", ["failing_sft", "failing_reward_rows"])
-def test_a_row_that_one_process_cannot_read_ends_all_with_its_words(tmp_path, case):
-    (zero, first), (one, second) = ends(start(2, str(tmp_path), case), LIMIT_SECONDS)
-    assert zero and one, "both end long before the time-out of 1,800 s"
-    words = "process 1 failed in reading the next batches: ValueError: a row without tokens"
-    assert f"PeerFailure: {words}" in first, first[-2000:]
-    assert "ValueError: a row without tokens" in second and "PeerFailure" not in second
+def test_what_fails_on_one_process_fails_on_all_with_its_words(tmp_path):
+    """In reading, rollouts and saving, a full disk for one; no process waits, so that the next stage can be tried."""
+    for status, output in ends(start(2, str(tmp_path), "failing_stages"), LIMIT_SECONDS):
+        assert status == 0, output[-4000:]
+    first, second = (json.loads((tmp_path / f"raised.{rank}.json").read_text()) for rank in range(2))
+    rows, pages = "ValueError: a row without tokens", "ValueError: no pages"
+    failed = {"sft rows": ("reading the next batches", rows), "reward rows": ("reading the next batches", rows)}
+    failed |= {"late rows": ("reading the next prompts", rows), "late rollout": ("the rollout", pages)}
+    for stage, (where, words) in failed.items():
+        assert (first[stage], second[stage]) == (f"PeerFailure: process 1 failed in {where}: {words}", words)
+    for stage in ("late save", "sft save"):
+        assert first[stage].startswith("CheckpointError: ") and "No space left on device" in first[stage]
+        assert second[stage] == f"PeerFailure: process 0 failed in writing a checkpoint: {first[stage]}"
+    assert first["classic save"] == second["classic save"] and "No space left on device" in first["classic save"]
+    assert len(first) == len(second) == 7
 
 
-def test_a_process_that_dies_ends_the_others(tmp_path):
-    (zero, first), (one, _) = ends(start(2, str(tmp_path), "dying"), LIMIT_SECONDS)
-    assert zero and one == 9 and "waiting for the other processes after the check of step()'s arguments failed" in first
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_bitwise(folder, tmp_path):
+    (zero, first), (one, _) = ends(start(2, str(tmp_path), "killed"), LIMIT_SECONDS)
+    assert zero and one == -signal.SIGKILL, first[-2000:]
+    assert "waiting for the other processes after the check of step()'s arguments failed" in first, first[-2000:]
+    for status, output in ends(start(2, str(tmp_path), "killed"), LIMIT_SECONDS):
+        assert status == 0, output[-4000:]
+    wanted = load_file(results("ddp2", folder) / "resume.0.safetensors")
+    for rank in range(2):
+        found = load_file(tmp_path / f"killed.{rank}.safetensors")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_process_that_is_late_ends_the_others_after_the_time_out(tmp_path):

@@ -158,7 +158,8 @@ def save(trainer, folder, keep: int, extra: Any):
 
 def load(trainer, path, missing_ok: bool) -> Resumed | None:
     """From a checkpoint's folder, or from the newest whole one in a folder of them."""
-    found, passed_over = ckpt.find(path)
+    with distributed.together(trainer.accelerator, "looking for a checkpoint"):
+        found, passed_over = ckpt.find(path)
     if trainer.accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 

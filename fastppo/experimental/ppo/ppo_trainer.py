@@ -207,7 +207,7 @@ class PPOTrainer(BaseTrainer):
         """One update: the metrics that TRL logs, and each reward's mean when there are several."""
         args, number = self.args, self.state.global_step
         clock = metrics.Clock(self.accelerator.device)
-        with clock.stage("generate"):
+        with clock.stage("generate"), distributed.together(self.accelerator, "the rollout"):
             rollout = self.rollout(batch.prompts, args.seed * 1_000_003 + number)
         try:
             with distributed.together(self.accelerator, "the reward"):
@@ -253,7 +253,7 @@ class PPOTrainer(BaseTrainer):
         batches = iter(self.dataloader)  # draws a seed
         if checkpoint:
             saving.load_random(self, Path(checkpoint))
-        for batch in batches:
+        for batch in distributed.read_together(self.accelerator, batches, "reading the next prompts"):
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             logs = self.update(batch)
             self.state.global_step += 1
