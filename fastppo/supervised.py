@@ -76,6 +76,10 @@ def prepare_run(
     """Load what was given by name, set special tokens and chat template, put the adapter on."""
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
     args = adopt(config_class, args, name)
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if args.device.type == "cpu" and args.ddp_find_unused_parameters is None and not reentrant:
+        # or DDP lays its buckets out anew after a run's first step: from three processes on a resumed run's sums differ
+        args.ddp_find_unused_parameters = True
     set_seed(args.seed)  # a new head and a new adapter are drawn
     if isinstance(model, str):
         init_kwargs = {"dtype": "auto", **init_kwargs, **(args.model_init_kwargs or {})}
