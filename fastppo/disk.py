@@ -74,8 +74,11 @@ def remove(checkpoint: Path) -> None:
     """Delete a checkpoint, as far as the disk lets. A process that is killed on the way leaves no half one by its name."""
     going = checkpoint.with_name(f"{_REMOVING}{checkpoint.name}")
     shutil.rmtree(going, ignore_errors=True)
-    with contextlib.suppress(OSError):
+    try:
         os.rename(checkpoint, going)
+    except OSError:  # a disk may be too full for another name, and this is what gives it space
+        going = checkpoint
+    with contextlib.suppress(OSError):
         going.unlink() if going.is_symlink() else shutil.rmtree(going, ignore_errors=True)
 
 

@@ -110,6 +110,15 @@ def test_a_process_killed_while_it_deletes_leaves_no_half_checkpoint(two, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
 
 
+def test_a_disk_too_full_for_another_name_gets_its_space_back(two, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    disk.remove(two[0])
+    assert not two[0].exists() and two[1].exists()
+
+
 def test_a_linked_checkpoint_is_unlinked_and_not_followed(two, tmp_path):
     outside = tmp_path.with_name("outside")
     two[0].rename(outside)
