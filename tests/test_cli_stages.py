@@ -357,7 +357,8 @@ def test_a_folder_takes_one_run_at_a_time(capsys, tmp_path):
     assert main(["sft", *run]) == 1
     train = ["train", *run[:-2], "--reward", "rewards.py:vowels"]
     assert main(train) == 1
-    assert capsys.readouterr().err.count("another run is writing to this folder") == 2 and not list(tmp_path.iterdir())
+    said = capsys.readouterr().err
+    assert said.count("another run is writing to this folder") == 2 and not list(tmp_path.iterdir())
     os.close(other)
     assert main(["sft", *run]) == 0
     again = os.open(tmp_path, os.O_RDONLY)

@@ -1,7 +1,10 @@
 """`fastppo train` on a small model: a whole run from a YAML file, chat and classifier rewards, and every clear error."""
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,17 @@ SMALL = "--batch-size 8 --mini-batch-size 4 --ppo-epochs 1 --max-new-tokens 8 --
 
 def train(output: str, *argv: str) -> int:
     return main(["train", "--model", "model", "--output-dir", output, *SMALL, *argv])
+
+
+def test_two_processes_are_one_run(place):
+    """torchrun alone: accelerate joins processes on a CPU only when told, and each took the folder for its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastppo"]
+    command += ["train", "--model", "model", "--output-dir", "processes", *SMALL, "--dataset", "prompts.jsonl"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([*command, "--reward", "rewards.py:vowels"], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 3/3") == 1, done.stdout
+    assert [row["step"] for row in read_metrics(place / "processes")] == [1, 2, 3]
 
 
 def test_a_run_from_a_file_raises_its_reward(place):

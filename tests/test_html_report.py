@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from fastppo.report import ReportError, column, read_run, trailing_mean, write_report
-from fastppo.report.plots import COLOURS, thinned
+from fastppo.report.plots import COLOURS, PANELS, draw, thinned
 
 
 def make_run(folder, steps=20, **columns):
@@ -70,6 +70,25 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_null_is_a_gap(tmp_path):
         file.write('{"step": 4, "env/reward_mean": null}\n{"step": 5, "env/rew')
     assert [row["step"] for row in read_run(run).rows] == [1, 2, 3, 4]
     assert write_report([run], tmp_path / "r.html").is_file()
+
+
+def test_steps_without_a_number_are_told_and_a_zero_has_no_sign(tmp_path):
+    run = make_run(tmp_path / "run", steps=3, **{"objective/kl": -0.01})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "env/reward_mean": NaN}\n{"step": 5, "env/reward_mean": null}\n')
+    text = write_report([run], tmp_path / "r.html").read_text()
+    assert "run: reward was NaN or infinite in 2 of 5 steps, step 5 the last." in text
+    assert "0.0 → 0.0" in text and "-0.0 →" not in text and text.count("NaN or infinite") == 1
+
+
+def test_a_legend_names_a_metric_where_there_is_another(tmp_path):
+    """One metric of two that a panel can have: "training" beside the runs' names told nothing."""
+    runs = [read_run(make_run(tmp_path / name, accuracy=0.5)) for name in ("first", "second")]
+    panel = next(panel for panel in PANELS if panel.name == "accuracy")
+    words = lambda runs: [text.get_text() for text in draw(panel, runs).legends[0].get_texts()]  # noqa: E731
+    assert words(runs) == ["first", "second"]
+    runs.append(read_run(make_run(tmp_path / "third", accuracy=0.5, eval_accuracy=0.25)))
+    assert words(runs) == ["first", "second", "third", "training", "evaluation"]
 
 
 @pytest.mark.parametrize(

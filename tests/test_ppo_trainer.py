@@ -115,6 +115,13 @@ def test_a_model_that_cannot_be_its_own_reference_and_one_that_cannot_learn():
         init(model=model.requires_grad_(False))
 
 
+def test_processes_that_were_launched_and_do_not_know_of_each_other_are_warned(monkeypatch, caplog):
+    trainer(fastppo, {})  # accelerate has settled that there is one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trainer(fastppo, {})
+    assert "2 processes were launched, but this one trains alone" in caplog.text
+
+
 def test_init_warns():
     with pytest.warns(UserWarning, match="No dataset is provided"):
         init()

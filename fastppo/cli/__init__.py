@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastppo: error: there is no command {command!r}.{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     from fastppo.cli.errors import UserError
-    from fastppo.cli.lock import release
+    from fastppo.cli.lock import on_cpus_alone, release
 
+    if on_cpus_alone():
+        os.environ["ACCELERATE_USE_CPU"] = "1"  # as accelerate launch --cpu does; transformers' arguments read it, too
     try:
         return importlib.import_module(f"fastppo.cli.{command}").run(rest)
     except UserError as error:

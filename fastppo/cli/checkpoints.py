@@ -43,7 +43,10 @@ class Checkpoints:
         try:
             trainer.save_checkpoint(self.folder, keep=self.keep, extra=extra)
         except CheckpointError as error:
-            raise UserError(f"{error} Then go on with: {go_on(self.folder.parent)}") from error
+            then = (
+                f"go on with: {go_on(self.folder.parent)}" if self.saved >= 0 else "start anew: no step was saved yet"
+            )
+            raise UserError(f"{error} Then {then}") from error
         self._ended = time.monotonic()
         self._took, self.saved = self._ended - begun, step
 

@@ -31,10 +31,10 @@ def one_line(error: object, longest: int = 400) -> str:
     return said if len(said) <= longest else f"{said[:longest]}..."
 
 
-def disk_error(path: object, why: str) -> UserError:
-    """What the disk refused in the output folder, with what to do about it."""
+def disk_error(path: object, why: str, option: str = "--output-dir") -> UserError:
+    """What the disk refused where `option` said, with what to do about it."""
     if Path(str(path)).is_file() and why == os.strerror(errno.EEXIST):
-        return UserError(f"--output-dir: {path} is a file; a folder is wanted. Choose another --output-dir.")
+        return UserError(f"{option}: {path} is a file; a folder is wanted. Choose another {option}.")
     return UserError(
-        f"cannot write {path}: {why}. Free some space, make the folder writable, or choose another --output-dir."
+        f"cannot write {path}: {why}. Free some space, make the folder writable, or choose another {option}."
     )

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from fastppo.cli.errors import UserError
 
@@ -33,6 +34,22 @@ def hold(folder: Path) -> None:
         os.close(handle)
         return
     _held[name] = handle
+
+
+def on_cpus_alone() -> bool:
+    """Whether a launcher started several processes on a machine without a GPU: accelerate joins these only when told."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return False
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
+def joined() -> Any:
+    """accelerate's PartialState of this process, one of those of its launch."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=True) if on_cpus_alone() and not PartialState._shared_state else PartialState()
 
 
 def release() -> None:

@@ -31,6 +31,6 @@ def run(argv: Sequence[str]) -> int:
     except ReportError as error:
         raise UserError(str(error)) from error
     except OSError as error:
-        raise disk_error(options.output, error.strerror or str(error)) from error
-    print(f"wrote {page} (and its plots as PNG in {page.stem}_plots)")
+        raise disk_error(options.output, error.strerror or str(error), "--output") from error
+    print(f"wrote {page} (and its plots as PNG in {page.with_name(page.stem + '_plots')})")
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from fastppo.cli.errors import UserError, one_line
+from fastppo.cli.lock import joined
 from fastppo.cli.loop import Interrupts, Step
 from fastppo.cli.phases import Phases
 from fastppo.cli.screen import Screen
@@ -111,12 +112,11 @@ def adapter(options: Any, task: str) -> Any:
 
 def run_stage(stage: Stage, given: Given) -> tuple[int, dict[str, Any]]:
     """(exit status, results): 0 when the stage is finished (by this start or an earlier one), 130 when interrupted."""
-    from accelerate import PartialState
-
-    options, is_main = given.options, PartialState().is_main_process
+    state = joined()
+    options, is_main = given.options, state.is_main_process
     options.output_dir = options.output_dir or Path("runs") / time.strftime(f"{stage.name}-%Y%m%d-%H%M%S")
     folder = StageFolder(options.output_dir, given.values, overwrite=options.overwrite, write=is_main)
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
     if (results := folder.results) is not None:
         if is_main:
             print(f"{stage.name}: finished before, in {folder.path} (--overwrite starts anew)")

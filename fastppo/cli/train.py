@@ -169,10 +169,10 @@ def saved_options(options: Any) -> dict[str, Any]:
 
 def run(argv: Sequence[str]) -> int:
     options, config, place = read_options(argv)
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     from fastppo.cli.checkpoints import Checkpoints, answers_of
+    from fastppo.cli.lock import joined
     from fastppo.cli.loop import LoopOptions
     from fastppo.cli.prompts import find_column, load_rows, make_prompts
     from fastppo.cli.rewards import load_reward
@@ -180,7 +180,7 @@ def run(argv: Sequence[str]) -> int:
     from fastppo.cli.session import Session, quiet_libraries, run_session
     from fastppo.core import set_seed
 
-    state = PartialState()
+    state = joined()
     folder = open_folder(options, place) if state.is_main_process else None
     where = [None if folder is None else folder.path]
     if state.num_processes > 1:

@@ -3,11 +3,12 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from fastppo.report.plots import Panel
-from fastppo.report.runs import Run, column, first_and_last
+from fastppo.report.runs import Run, column, first_and_last, lost
 
 # names of the metric, title, format
 FIGURES = (
@@ -34,7 +35,8 @@ p.sub{color:var(--pale);margin:0 0 20px;overflow-wrap:anywhere}
 .plots img{width:100%;height:auto;display:block;border:1px solid var(--line);border-radius:10px;padding:10px}
 .scroll{overflow-x:auto;margin-bottom:12px}table{border-collapse:collapse;width:100%;font-size:14px}
 th{text-align:left;color:var(--pale);font-weight:600;white-space:nowrap}th,td{padding:8px 10px;border-bottom:1px solid var(--line);vertical-align:top}
-th.num,td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th.num,td.num{text-align:right;font-variant-numeric:tabular-nums}td.num{white-space:nowrap}
+.summary th,.summary td{padding:8px 6px}.summary th.num{white-space:normal}.summary .num{font-size:13px}
 td.text{min-width:190px}td.text div{white-space:pre-wrap;overflow-wrap:anywhere;max-height:15em;overflow-y:auto}
 td.name{overflow-wrap:anywhere;min-width:120px;font-weight:600}
 details{margin:8px 0}summary{cursor:pointer;overflow-wrap:anywhere}
@@ -52,7 +54,8 @@ def ends(run: Run, keys: Sequence[str], form: str) -> str:
     found = first_and_last(run, keys)
     if not found:
         return ""
-    first, last = (form.format(0.0 if abs(x) < 1e-6 else x) for x in found)
+    first, last = (form.format(x) for x in found)
+    first, last = (x if re.search("[1-9]", x) else x.lstrip("-") for x in (first, last))  # no sign before a zero
     return last if len(column(run, keys)[1]) == 1 else f"{first} → {last}"
 
 
@@ -72,9 +75,18 @@ def summary(runs: Sequence[Run]) -> str:
         rows.append(
             f'<tr><td class="name">{html.escape(run.name)}</td><td class="num">{run.rows[-1]["step"]:,}</td>{numbers}</tr>'
         )
-    return (
-        f'<div class="scroll"><table><tr><th>run</th><th class="num">steps</th>{head}</tr>{"".join(rows)}</table></div>'
-    )
+    return f'<div class="scroll"><table class="summary"><tr><th>run</th><th class="num">steps</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def gaps(runs: Sequence[Run]) -> str:
+    """Metrics of the summary that were no numbers in some steps: the means leave these out, so they have to be told."""
+    told = []
+    for run in runs:
+        for keys, title, _ in FIGURES:
+            if found := lost(run, keys):
+                steps = f"{found[0]:,} of {len(run.rows):,} steps, step {found[1]:,} the last"
+                told.append(f"<p><b>{html.escape(run.name)}: {title} was NaN or infinite in {steps}.</b></p>")
+    return "".join(told)
 
 
 def sample_table(run: Run) -> str:
@@ -178,7 +190,7 @@ def page_text(runs: Sequence[Run], pictures: Sequence[str]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fastppo: {names}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>'
         f'<h1>{names}</h1><p class="sub">{machine(runs)}</p>'
-        f'{summary(runs)}<p class="sub">Means over the first → the last tenth of the steps.</p>'
+        f'{summary(runs)}{gaps(runs)}<p class="sub">Means over the first → the last tenth of the steps.</p>'
         f'<h2>Curves</h2><p class="sub">Thin lines are single steps, thick lines their trailing mean.</p>{curves}'
         f"{differences(runs)}{''.join(map(sample_table, runs))}<h2>How it was run</h2>{''.join(map(details, runs))}</body></html>"
     )

@@ -114,6 +114,8 @@ def draw(panel: Panel, runs: Sequence[Run]) -> Any:
     figure = Figure(figsize=(6.4, 3.9), dpi=150, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     named: dict[str, Line2D] = {}
+    # a metric is named where there is another to tell it from
+    drawn = [any(column(run, keys)[0] for run in runs) for keys, _ in panel.lines]
     for i, run in enumerate(runs):
         for j, (keys, label) in enumerate(panel.lines):
             steps, values = column(run, keys)
@@ -124,7 +126,7 @@ def draw(panel: Panel, runs: Sequence[Run]) -> Any:
             draw_line(axes, steps, values, colour, style)
             if len(runs) > 1:
                 named[short(run.name)] = Line2D([], [], color=colour, linewidth=2.2)
-            if label:
+            if label and sum(drawn) > 1:
                 many = len(runs) > 1
                 named[label] = Line2D([], [], color=PALE if many else colour, linestyle=style, linewidth=2.2)
     if not axes.lines:

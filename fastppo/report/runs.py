@@ -146,6 +146,13 @@ def column(run: Run, keys: str | Sequence[str]) -> tuple[list[int], list[float]]
     return [], []
 
 
+def lost(run: Run, keys: str | Sequence[str]) -> tuple[int, int] | None:
+    """(steps that logged one of these metrics as NaN, infinite or null, the last of them); None where there is none."""
+    keys = (keys,) if isinstance(keys, str) else keys
+    steps = [row["step"] for row in run.rows if any(key in row and number(row[key]) is None for key in keys)]
+    return (len(steps), steps[-1]) if steps else None
+
+
 def first_and_last(run: Run, keys: str | Sequence[str]) -> tuple[float, float] | None:
     """Means over the first and the last tenth of a run's steps (at least one step each)."""
     _, values = column(run, keys)

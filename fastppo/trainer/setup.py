@@ -1,6 +1,8 @@
 """What PPOTrainer.__init__ puts together: accelerate, reference, optimizer, controllers."""
 
 import copy
+import logging
+import os
 
 import torch
 
@@ -8,6 +10,8 @@ from fastppo import attention, distributed, zero
 from fastppo.trainer.columns import Batches, EpochSampler
 from fastppo.trainer.kl_controller import AdaptiveKLController, FixedKLController
 from fastppo.trainer.running_moments import RunningMoments
+
+logger = logging.getLogger(__name__)
 
 
 def accelerator(config):
@@ -36,6 +40,13 @@ def accelerator(config):
         folder = 'project_kwargs={"logging_dir": FOLDER}'
         raise ValueError(f"PPOConfig: log_with={config.log_with!r} needs a folder to write to: {folder}") from error
     distributed.kind(made)  # raises for what is not supported
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched > 1 and made.num_processes == 1:
+        logger.warning(
+            "%d processes were launched, but this one trains alone: accelerate does not join them. Without a GPU set "
+            "ACCELERATE_USE_CPU=1 (accelerate launch --cpu sets it).",
+            launched,
+        )
     return made
 
 
