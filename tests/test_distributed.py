@@ -173,11 +173,13 @@ def nothing_pickled(done: Path, count: int) -> None:
     assert kinds <= {".safetensors", ".json", ".jinja", ".md"} and {".safetensors", ".json"} <= kinds, kinds
 
 
-CONFIGURED = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no", "--config_file"]
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
+CONFIGURED = [*LAUNCH[:-1], "--num_processes", "2", "--mixed_precision", "no", "--config_file"]
 ALL_TRAINERS = ["plain", "late", "sft", "reward"]
 # launcher -> (its arguments, cases)
 LAUNCHERS = {
     "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], ["plain"]),
+    "multi_cpu.yaml": ([*LAUNCH, "examples/accelerate/multi_cpu.yaml", "--main_process_port", "0"], ["plain"]),
     "ddp.yaml": ([*CONFIGURED, "examples/accelerate/ddp.yaml", "--main_process_port", "0"], ALL_TRAINERS),
     "fsdp2.yaml": ([*CONFIGURED, "examples/accelerate/fsdp2.yaml", "--main_process_port", "0"], ALL_TRAINERS),
 }
