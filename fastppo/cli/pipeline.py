@@ -1,6 +1,7 @@
 """`fastppo pipeline`: supervised fine-tuning, a reward model and PPO against it, from one file of preference pairs.
 
 fastppo pipeline --config examples/pipeline.yaml
+
 fastppo pipeline --model gpt2 --dataset pairs.jsonl --output-dir runs/pipeline --ppo.total-episodes 3200
 
 The dataset has the columns chosen and rejected (and perhaps prompt), or text and label (two values, the larger preferred).

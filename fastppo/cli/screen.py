@@ -124,8 +124,8 @@ class Screen:
             parts += [Text(), sample_text(self.last.samples[0])]
         if self.message:
             parts += [Text(), Text(self.message, style="yellow")]
-        # the terminal writes ^C where the cursor is, behind the last border: room for it, or it scrolls the view by a line
-        width = max(self.console.width - 2, 20)
+        # the terminal writes ^C where the cursor is, behind the last border: room for two, or it scrolls the view by a line
+        width = max(self.console.width - 5, 20)
         return Panel(
             Group(*parts), title=self.title, title_align="left", border_style="dim", padding=(1, 2), width=width
         )

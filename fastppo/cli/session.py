@@ -40,7 +40,8 @@ class Session:
         if self.checkpoints is not None and outcome.at_once:
             # in the middle of a step the weights are no step's: what there is of a policy stays
             self.folder.close()
-            self.screen.say(f"Run interrupted in step {outcome.done + 1}, at once: that step is lost.")
+            none = "" if self.checkpoints.saved >= 0 else " There is no checkpoint yet."
+            self.screen.say(f"Run interrupted in step {outcome.done + 1}, at once: that step is lost.{none}")
             self.say_how_to_go_on(outcome)
             return
         policy = self.folder.save_policy(trainer.accelerator.unwrap_model(trainer.model), trainer.tokenizer)
