@@ -28,7 +28,11 @@ from fastppo.experimental.ppo.engines import Fused
 GLOBAL, MINI = 8, 4  # sequences of a step and of a mini-batch over all processes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # DeepSpeed's stage
-ZERO = sys.argv[-1][4:] if sys.argv[-1] in ("zero2", "zero3") else os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+ZERO = (
+    sys.argv[-1][4:]
+    if sys.argv[-1] in ("zero1", "zero2", "zero3")
+    else os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+)
 
 
 def own_rows(mini: int) -> list[int]:

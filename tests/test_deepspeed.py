@@ -115,6 +115,13 @@ def test_zero_2_gives_the_result_of_one_process(folder, case):
 
 
 @needs_deepspeed
+def test_zero_1_gives_the_result_of_one_process_and_goes_on_bitwise(folder):
+    done = run(folder / "zero1", 1, cases := ["resume", "late_resume", "sft_resume"])
+    for case in cases:
+        same_as_one(results("one", folder), done, case, 2)
+
+
+@needs_deepspeed
 @pytest.mark.parametrize("case", ZERO3)
 def test_zero_3_gives_the_result_of_one_process(folder, case):
     done = run(folder / "zero3", 3, [case])
