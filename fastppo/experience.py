@@ -16,6 +16,7 @@ from fastppo.core import masked_whiten
 from fastppo.kernels.gae import gae
 from fastppo.kernels.kl_reward import full_kl, kl_reward
 from fastppo.kernels.logprob import logprob
+from fastppo.score import NonFinite
 
 
 class Forward(NamedTuple):
@@ -116,15 +117,27 @@ def kl_penalty(logprobs, ref_logprobs, kind: str) -> torch.Tensor:
 
 
 def whiten_over_processes(values_BT, mask_BT, total: Callable | None, shift_mean: bool = True) -> torch.Tensor:
-    """core.masked_whiten; total: sums a tensor over processes, so that mean and variance are those of all of them."""
+    """core.masked_whiten; total: sums a tensor over processes, so that mean and variance are those of all of them.
+
+    Raises NonFinite for one value, which has no variance."""
     if total is None:
+        check_count(mask_BT.sum())
         return masked_whiten(values_BT, mask_BT, shift_mean)
     mask_BT = mask_BT.to(values_BT.dtype)
     values_sum, count = total(torch.stack([(values_BT * mask_BT).sum(), mask_BT.sum()]))
+    check_count(count)
     mean = values_sum / count
     squares = total((((values_BT - mean) ** 2) * mask_BT).sum())
     whitened_BT = (values_BT - mean) * torch.rsqrt(squares / (count - 1) + 1e-8)
     return whitened_BT if shift_mean else whitened_BT + mean
+
+
+def check_count(count: torch.Tensor) -> None:
+    if count == 1:
+        raise NonFinite(
+            "one response token in the whole batch: advantages are divided by their standard deviation, which takes two. "
+            "Take a larger batch or longer responses"
+        )
 
 
 def advantages_and_returns(

@@ -130,3 +130,18 @@ def test_full_kl_of_packed_equals_padded():
     mask = want.mask_BT
     torch.testing.assert_close(batch.kl_BT[mask], want.kl_BT[mask], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(batch.advantages_BT[mask], want.advantages_BT[mask], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("total", [None, lambda x: x])
+def test_one_token_is_too_few_to_whiten_and_says_so(total):
+    one = torch.tensor([[True, False]])
+    arguments = torch.zeros(1, 2), torch.ones(1, 2), one
+    with pytest.raises(
+        NonFinite, match="one response token in the whole batch.* Take a larger batch or longer responses"
+    ):
+        experience.advantages_and_returns(*arguments, gamma=1.0, lam=0.95, whiten_rewards=False, total=total)
+    two = torch.ones(1, 2, dtype=torch.bool)
+    found = experience.advantages_and_returns(
+        *arguments[:2], two, gamma=1.0, lam=0.95, whiten_rewards=True, total=total
+    )
+    assert all(x.isfinite().all() for x in found)
