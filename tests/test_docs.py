@@ -183,7 +183,7 @@ def test_the_sites_python_runs(code, small_model, tmp_path, monkeypatch):
 def commands(block):
     """The commands of a block, as lists of words; comments, prompts and what is set in front (A=b) are left out."""
     for line in block.replace("\\\n", " ").splitlines():
-        for part in re.split(r"&&|\|\||;", line.partition(" #")[0]):
+        for part in re.split(r"&&|\|\||;", re.sub(r"(^|\s)#.*", "", line)):
             words = shlex.split(part, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words = words[1:]
