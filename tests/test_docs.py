@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import os
 import re
 import runpy
 import shlex
@@ -113,6 +112,19 @@ def test_snippets_and_api_names_exist():
             resolve(f"fastppo.{name}" if name.startswith("kernels.") else name)
 
 
+def test_every_public_name_is_on_the_api_page_with_a_docstring():
+    import fastppo
+    import fastppo.experimental.ppo as late
+
+    ops = [path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")]
+    page = set(re.findall(r"^::: (\S+)", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    public = [getattr(module, name) for module in (fastppo, late) for name in module.__all__ if name != "__version__"]
+    for thing in public:
+        assert inspect.getdoc(thing), thing
+        assert {thing.__module__, f"{thing.__module__}.{thing.__name__}"} & page, f"docs/api.md lacks {thing}"
+    assert all({f"kernels.{op}", f"kernels.{op}.{op}"} & page for op in ops), "docs/api.md lacks a kernel"
+
+
 def resolve(dotted):
     """The object of a dotted name; raises where there is none."""
     module, rest = dotted, []
@@ -191,46 +203,43 @@ def commands(block):
                 yield words
 
 
-def help_of(command):
-    done = subprocess.run(
-        [sys.executable, "-m", "fastppo", command, "--help"],
-        capture_output=True, text=True, cwd=ROOT, check=True, env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-    )  # fmt: skip
-    return done.stdout
+def options_of(command):
+    """The dataclass that the command's flags fill."""
+    from fastppo.cli.stage_options import flat_class
+
+    module = importlib.import_module(f"fastppo.cli.{command}")
+    if hasattr(module, "STAGE"):
+        return flat_class(command, module.STAGE.options, module.STAGE.config_class)
+    return module.options_class() if command == "train" else getattr(module, f"{command.title()}Options")
 
 
-@pytest.fixture(scope="module")
-def flags():
-    """command -> its flags, asked for once."""
-    told = {}
-
-    def of(command):
-        if command not in told:
-            told[command] = set(re.findall(r"--[a-z0-9][\w.-]*", help_of(command))) | {"--help", "--config", "--resume"}
-        return told[command]
-
-    return of
-
-
-def check_fastppo(words, flags):
+def parse_fastppo(words):
+    """The command's own parser takes the words; files that they name need not be there."""
     from fastppo.cli import COMMANDS
+    from fastppo.cli.checkpoints import take_resume
+    from fastppo.cli.options import parse, take_config
+    from fastppo.cli.pipeline import read_plan, split_flags, stage_given
 
-    if words[1:2] in ([], ["COMMAND"]):
-        return
-    assert words[1] in COMMANDS, f"no command {words[1]}"
-    for word in words[2:]:
-        if word.startswith("--"):
-            flag = word.partition("=")[0]
-            names = {flag, flag.replace("_", "-")}
-            assert names & flags(words[1]), f"fastppo {words[1]} has no {flag}"
+    command, *argv = words[1:]
+    assert command in COMMANDS, f"there is no command {command}"
+    rest, file = take_config([word for word in argv if word != "--help"])
+    stages = {}
+    if command == "train":
+        rest, _ = take_resume(rest)
+    elif command == "pipeline":
+        if file and (ROOT / file).is_file():
+            plan = read_plan([*rest, "--config", str(ROOT / file)])
+            assert all(stage_given(plan, stage) for stage in plan.flags)
+        rest, stages = split_flags(rest)
+    for name, given in {command: rest, **stages}.items():
+        if given or command != "report":  # whose folders must be given
+            assert parse(options_of(name), given, f"fastppo {name}")
 
 
 def check_script(words):
     """python FILE --flags, python -m MODULE, pytest FILES: the file is there and knows the flags."""
     words = [word for word in words if word not in ("-q", "-W", "error")]
     if words[1:2] == ["-m"]:
-        if words[2] == "fastppo":
-            return
         path = ROOT / (words[2].replace(".", "/") + ".py")
         assert path.is_file() or importlib.util.find_spec(words[2].partition(".")[0]), words
         return
@@ -244,6 +253,29 @@ def check_script(words):
                 assert flag in source or flag[2:].replace("-", "_") in source, f"{files[0]} has no {flag}"
 
 
+def named_commands():
+    """Every `fastppo ...` between backticks, without placeholders (`fastppo COMMAND`, `fastppo a | b`, `RUN...`)."""
+    found = set()
+    for path in [*TEXTS, ROOT / "CHANGELOG.md"]:
+        text = FENCE.sub("", path.read_text(encoding="utf-8"))
+        found |= {" ".join(command.split()) for command in re.findall(r"`(fastppo [a-z][^`]*)`", text)}
+    return sorted(command for command in found if not re.search(r"[|\[]|\.\.\.", command))
+
+
+@pytest.mark.parametrize("command", named_commands())
+def test_commands_in_the_text_parse(command):
+    parse_fastppo(shlex.split(command))
+
+
+def test_a_command_that_does_not_exist_is_found(capsys):
+    with pytest.raises(AssertionError, match="no command trian"):
+        parse_fastppo(["fastppo", "trian"])
+    for words in (["train", "--learning-rat", "1"], ["pipeline", "--ppo.kl-coeff", "1"], ["plan", "--gpus", "two"]):
+        with pytest.raises(SystemExit):
+            parse_fastppo(["fastppo", *words])
+    assert "--learning-rat" in capsys.readouterr().err
+
+
 def check_extras(words):
     import tomllib
 
@@ -253,11 +285,11 @@ def check_extras(words):
 
 
 @pytest.mark.parametrize("block", blocks("bash"))
-def test_commands_and_flags_exist(block, flags):
+def test_commands_and_flags_exist(block):
     for words in commands(block):
         assert words[0] in OTHERS, f"what is {words[0]}?"
-        if words[0] == "fastppo":
-            check_fastppo(words, flags)
+        if "fastppo" in words:
+            parse_fastppo(words[words.index("fastppo") :])
         elif words[0] in ("python", "pytest"):
             check_script(words)
         elif words[0] == "pip" and sys.version_info >= (3, 11):
