@@ -1,7 +1,13 @@
-"""mkdocs hook: makes settings.md, every field of the four configurations with its default and what its line says of it."""
+"""mkdocs hooks.
+
+settings.md: every field of the four configurations with its default and what its line says of it. README's tables of
+measurements for the page that asks for them. Long names in tables may break after an underscore.
+"""
 
 import dataclasses
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 HEAD = """# Every setting
@@ -26,15 +32,10 @@ def table(rows: list[tuple[dataclasses.Field, str]]) -> str:
 
 
 def classic() -> str:
-    from fastppo import config
     from fastppo.cli.options import comments
     from fastppo.config import PPOConfig
 
-    said = {
-        name: ", ".join(map(repr, getattr(config, text))) if text.isupper() else text
-        for name, text in comments(PPOConfig).items()
-        if not text.isupper() or hasattr(config, text)
-    }
+    said = comments(PPOConfig)
     return table([(f, said.get(f.name, "")) for f in dataclasses.fields(PPOConfig) if f.init])
 
 
@@ -67,6 +68,22 @@ def page() -> str:
 def on_startup(**_: Any) -> None:
     """Brackets in docstrings, like [B][T], are shapes and no links; the pages' own links are checked apart from these."""
     logging.getLogger("mkdocs.plugins.mkdocs_autorefs").setLevel(logging.ERROR)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """README's tables, which `python -m bench.report` writes, in the place of their mark."""
+    if "<!-- bench -->" not in markdown:
+        return markdown
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    return markdown.replace("<!-- bench -->", re.split(r"<!-- bench:\w+.*?-->", readme)[1].strip())
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return re.sub(r"<td[^>]*>.*?</td>", breakable, html, flags=re.DOTALL)
+
+
+def breakable(cell: re.Match) -> str:
+    return re.sub(r"<code>[^<]{33,}</code>", lambda code: code[0].replace("_", "_<wbr>"), cell[0])
 
 
 def on_files(files: Any, config: Any) -> Any:

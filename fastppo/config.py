@@ -61,25 +61,25 @@ class PPOConfig:
     """Settings of PPOTrainer. Raises TypeError on an unknown field and ValueError on a value out of range."""
 
     # --- run
-    exp_name: str = field(default_factory=_script_name)
+    exp_name: str = field(default_factory=_script_name)  # kept for scripts that read it; not used
     seed: int = 0  # of sampling, shuffling and torch
     log_with: str | None = None  # a tracker that accelerate knows: "wandb", "tensorboard", ...
     task_name: str | None = None  # kept for scripts that read it; not used
-    model_name: str | None = "gpt2"
-    query_dataset: str | None = "stanfordnlp/imdb"
-    reward_model: str | None = "sentiment-analysis:lvwerra/distilbert-imdb"
+    model_name: str | None = "gpt2"  # this and the next two: kept for scripts that read them; not used
+    query_dataset: str | None = "stanfordnlp/imdb"  # see model_name
+    reward_model: str | None = "sentiment-analysis:lvwerra/distilbert-imdb"  # see model_name
     remove_unused_columns: bool = True  # of the dataset that no data collator asks for
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)  # of the tracker's own set-up
     accelerator_kwargs: dict[str, Any] = field(default_factory=dict)  # of accelerate.Accelerator
     project_kwargs: dict[str, Any] = field(default_factory=dict)  # of accelerate.ProjectConfiguration, like logging_dir
-    tracker_project_name: str = "trl"
-    push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
+    tracker_project_name: str = "trl"  # the project that the tracker logs to
+    push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)  # repo_id, ...: upload at the best score
     # --- PPO
     steps: int = 20000  # sequences seen in the whole run
     learning_rate: float = 1.41e-5  # Adam's, where no optimizer is given
     adap_kl_ctrl: bool = True  # move the KL coefficient towards target; False: keep init_kl_coef
     init_kl_coef: float | None = 0.2  # beta: reward = score - beta * KL
-    kl_penalty: str = "kl"  # KL_PENALTIES
+    kl_penalty: str = "kl"  # "kl", "abs", "mse" or "full"
     target: float | None = 6.0  # nats per response that the adaptive controller aims at
     horizon: float | None = 10000.0  # sequences over which the adaptive controller moves
     gamma: float = 1.0  # [0, 1]
@@ -98,8 +98,8 @@ class PPOConfig:
     optimize_device_cache: bool = False  # empty the device's cache around each step: less memory, slower
     early_stopping: bool = False  # end a batch's epochs when the policy has moved target_kl from the old one
     target_kl: float = 1.0  # early stopping at 1.5 times this
-    compare_steps: int = 1
-    ratio_threshold: float = 10.0  # a mini-batch whose mean ratio is above it changes nothing
+    compare_steps: int = 1  # steps between two looks at push_to_hub_if_best_kwargs
+    ratio_threshold: float = 10.0  # a mini-batch whose mean ratio is above it gives no gradient
     use_score_scaling: bool = False  # divide scores by their running standard deviation
     use_score_norm: bool = False  # with use_score_scaling: subtract their running mean first
     score_clip: float | None = None  # scores are cut to +- this after scaling
@@ -110,16 +110,16 @@ class PPOConfig:
     backward_batch_size: int | None = None  # derived: mini_batch_size * gradient_accumulation_steps
     global_backward_batch_size: int | None = None  # set by the trainer
     global_batch_size: int | None = None  # set by the trainer
-    dataset_num_proc: int | None = None
+    dataset_num_proc: int | None = None  # kept for scripts that read it; not used
 
     # --- fastppo only
     ddp_timeout: float = 1800.0  # seconds that a process waits for the others before it raises
     packed: bool = True  # run sequences without padding where the model can; False: TRL's padded batches
     max_tokens_per_micro_batch: int | None = None  # packed tokens per forward; None: a mini-batch at once
-    old_logprobs: str = "auto"  # OLD_LOGPROBS; "auto": the rollout's where it is ours and agrees, else recomputed
+    old_logprobs: str = "auto"  # "rollout", "recompute", or "auto": the rollout's where it is ours and agrees
     max_mismatch: float = 0.02  # nats, mean |rollout - training log-prob| above which "auto" recomputes
-    mixed_precision: str | None = None  # PRECISIONS; None: what accelerate is configured for. Master weights stay fp32
-    on_nonfinite: str = "stop"  # ON_NONFINITE: what a NaN or infinite score, loss or gradient does to the step
+    mixed_precision: str | None = None  # "no", "bf16", "fp16"; None: accelerate's. Master weights stay fp32
+    on_nonfinite: str = "stop"  # "stop" or "skip" a step with a NaN or infinite score, loss or gradient
     deterministic: bool = False  # same bits whatever the batching, ratio exactly 1 before the first update; slower
     generation: dict[str, Any] = field(default_factory=dict)  # options of fastppo.Generator (block_size, ...)
 

@@ -117,12 +117,13 @@ def test_every_public_name_is_on_the_api_page_with_a_docstring():
     import fastppo.experimental.ppo as late
 
     ops = [path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")]
-    page = set(re.findall(r"^::: (\S+)", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    text = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("api.md", "api_kernels.md"))
+    page = set(re.findall(r"^::: (\S+)", text, re.MULTILINE))
     public = [getattr(module, name) for module in (fastppo, late) for name in module.__all__ if name != "__version__"]
     for thing in public:
         assert inspect.getdoc(thing), thing
         assert {thing.__module__, f"{thing.__module__}.{thing.__name__}"} & page, f"docs/api.md lacks {thing}"
-    assert all({f"kernels.{op}", f"kernels.{op}.{op}"} & page for op in ops), "docs/api.md lacks a kernel"
+    assert all({f"kernels.{op}", f"kernels.{op}.{op}"} & page for op in ops), "docs/api_kernels.md lacks a kernel"
 
 
 def resolve(dotted):
@@ -343,6 +344,15 @@ def test_every_setting_is_on_its_page():
     text = runpy.run_path(str(ROOT / "docs/site_hooks.py"))["page"]()
     assert all(f"| `{field.name}` |" in text for field in fields(PPOConfig) if field.init)
     assert "beta: reward = score - beta * KL" in text and "`kl_estimator`" in text
+
+
+def test_the_kernels_page_begins_with_readmes_tables():
+    hooks = runpy.run_path(str(ROOT / "docs/site_hooks.py"))
+    page = hooks["on_page_markdown"]((ROOT / "docs/kernels.md").read_text(encoding="utf-8"))
+    assert "\n| generate + score + step |" in page and "<!-- bench" not in page
+    name = "test_a_score_that_is_no_number_changes_nothing"
+    assert "<wbr>nothing" in hooks["on_page_content"](f"<td><code>{name}</code></td>")
+    assert "<wbr>" not in hooks["on_page_content"](f"<td><code>seed_all</code></td><p><code>{name}</code></p>")
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
