@@ -12,7 +12,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-import distributed_worker
+import distributed_layouts
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,8 +63,8 @@ def status(name: str) -> int:
 
 def measure(case: dict) -> int:
     if case.get("strategy") == "fsdp":
-        distributed_worker.cpu_fsdp2()
-        distributed_worker.ask_for_fsdp2()
+        distributed_layouts.cpu_fsdp2()
+        distributed_layouts.ask_for_fsdp2()
     small = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 1}
     warm = {"model": ["gpt2", small], "config": {"batch_size": 2, "mini_batch_size": 2}, "lengths": [4, 4]}
     steps(case | warm)  # what libraries load and allocate for themselves
