@@ -24,7 +24,7 @@ from fastppo.wanted import is_flag, is_number
 
 @dataclass
 class RewardConfig(SupervisedConfig):
-    """TrainingArguments plus TRL's fields for reward models."""
+    """TrainingArguments plus TRL's fields for reward models; ValueError names a field with a wrong value."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the optimizer."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to 0."})
@@ -44,7 +44,9 @@ class RewardTrainer(PackedTrainer):
 
     model: a classifier, a PEFT model around one, or a name (loaded with num_labels=1). Rows have `chosen` and `rejected`,
     as text or messages, perhaps `prompt` (put in front of both) and `margin`. Pairs with a side longer than
-    max_length are dropped.
+    max_length are dropped. The loss is -log sigmoid(r(chosen) - r(rejected) - margin) per pair, in nats.
+    Raises ValueError for a model, dataset or option that does not fit; train() raises NonFinite for a NaN or infinite
+    loss and CheckpointError for a checkpoint that cannot be used.
     """
 
     checkpoint_kind = "reward"

@@ -32,7 +32,7 @@ _ARGMAX_LOGITS = 2**24  # logits at a time when counting correct tokens: 64 MB i
 
 @dataclass
 class SFTConfig(SupervisedConfig):
-    """TrainingArguments plus TRL's fields for supervised fine-tuning."""
+    """TrainingArguments plus TRL's fields for supervised fine-tuning; ValueError names a field with a wrong value."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of the optimizer."})
     dataset_text_field: str = field(default="text", metadata={"help": "Column with plain text."})
@@ -84,6 +84,8 @@ class SFTTrainer(PackedTrainer):
 
     model: a transformers model, a PEFT model, or the name of one. The dataset is tokenised here unless it has
     `input_ids` (then `labels`, `completion_mask` or `assistant_masks` say which tokens count).
+    The loss is in nats per token that counts. Raises ValueError for a model, dataset or option that does not fit; train()
+    raises NonFinite for a NaN or infinite loss and CheckpointError for a checkpoint that cannot be used.
     """
 
     checkpoint_kind = "sft"

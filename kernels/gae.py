@@ -242,7 +242,7 @@ def gae(
     masked: str = "zero",
     backend: str | None = None,
 ) -> GAE:
-    """Return (advantages_BT, returns_BT, moments_3), float32, by the formula at the top of this file.
+    """Return (advantages_BT, returns_BT, moments_3), float32, by the formula above.
 
     rewards_BT, values_BT: contiguous float32 in units of reward. mask_BT: contiguous bool. gamma, lam: in [0, 1].
     masked: what a False token is. backend: "cuda", "triton", "cpu" or "reference"; None picks the fastest here.

@@ -162,7 +162,7 @@ def kl_reward(
     full_kl_BT: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> KLReward:
-    """Return (rewards_BT, non_score_BT, kl_BT), float32, by the formula at the top of this file.
+    """Return (rewards_BT, non_score_BT, kl_BT), float32, by the formula above.
 
     logprobs_BT, ref_logprobs_BT: float32 nats. mask_BT: bool. scores_B: float32. kind: "kl" (= "k1"), "abs", "mse"
     (= "k2"), "k3", or "full" with full_kl_BT (from full_kl). backend: "triton", "cpu", "reference"; None picks.

@@ -37,12 +37,16 @@ WAIT_FLOPS = 2e11  # 0.25 ms of products on an H100: the host's wait (tens of us
 
 
 class Head(NamedTuple):
-    """The output embedding and what the model does to its logits."""
+    """The output embedding and what the model does to its logits.
+
+    weight_VD: [V, D]. bias_V: [V] or None. logit_scale: a factor of the logits.
+    softcap: logits = softcap * tanh(logits / softcap); None: off.
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     logit_scale: float = 1.0
-    softcap: float | None = None  # logits = softcap * tanh(logits / softcap)
+    softcap: float | None = None
 
 
 def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:

@@ -36,10 +36,15 @@ MOVE_ROWS = 64
 
 
 class LinearPPOLoss(NamedTuple):
-    loss: Tensor  # scalar, differentiable in hidden, values, weight and bias
+    """loss: scalar, differentiable in hidden, values, weight and bias.
+
+    logprob_N, entropy_N: nats, float32, detached; 0 where the mask is False.
+    """
+
+    loss: Tensor
     stats: PPOStats
-    logprob_N: Tensor  # detached; 0 where the mask is False
-    entropy_N: Tensor  # likewise
+    logprob_N: Tensor
+    entropy_N: Tensor
 
 
 def linear_ppo_loss_reference(

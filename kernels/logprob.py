@@ -25,8 +25,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class LogProb(NamedTuple):
-    logprob_N: Tensor  # nats, float32 (float64 for float64 logits)
-    entropy_N: Tensor  # nats, of the tempered distribution
+    """logprob_N: nats, float32 (float64 for float64 logits). entropy_N: the same, of the tempered distribution."""
+
+    logprob_N: Tensor
+    entropy_N: Tensor
 
 
 def logprob_reference(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1.0) -> LogProb:

@@ -25,7 +25,12 @@ from fastppo.kernels._triton import triton
 
 @dataclass(frozen=True)
 class PPOLossOptions:
-    """The coefficients of the loss."""
+    """The coefficients of the loss.
+
+    cliprange: c > 0, the ratio's clip range. cliprange_value: c_v > 0, how far a value may move from the old one.
+    vf_coef, entropy_coef: weights of the value loss and of the entropy bonus (which needs entropy_N).
+    dual_clip: > 1, bound of the policy loss where A < 0, in units of -A; None: off.
+    """
 
     cliprange: float = 0.2  # c > 0: the ratio's clip range
     cliprange_value: float = 0.2  # c_v > 0: how far the value may move from the old one
@@ -35,7 +40,10 @@ class PPOLossOptions:
 
 
 class PPOBatch(NamedTuple):
-    """What the loss compares with: data, not differentiated. All float32 [N], mask_N bool or None (all count)."""
+    """What the loss compares with: data, not differentiated.
+
+    old_logprobs_N, old_values_N, advantages_N, returns_N: float32 [N]. mask_N: bool [N], or None: all count.
+    """
 
     old_logprobs_N: torch.Tensor
     old_values_N: torch.Tensor

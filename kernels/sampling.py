@@ -209,7 +209,7 @@ def sampling(
     check: bool = True,
     backend: str | None = None,
 ) -> Sample:
-    """Sample a token per row; the formula and its conditions are this module's docstring.
+    """Sample a token per row; the formula and its conditions stand above.
 
     logits_BV: float32, bfloat16 or float16, any row stride.   seeds_B, positions_B: int64; a row's random numbers are
     a function of its (seed, position) alone.   history: (tokens int64, mask bool) of shape (B, L), used when

@@ -19,6 +19,7 @@ class BestOfNSampler:
     queries_to_scores: texts (query and continuation) -> one number each.
     length_sampler: () -> max_new_tokens, once per query.
     seed: handed to set_seed at once.
+    Raises ValueError for an argument of the wrong type, an n_candidates above sample_size, or an empty query.
     """
 
     def __init__(

@@ -64,6 +64,7 @@ class TextEnvironment:
     the name is the function's, or the class's). reward_fn(last segments, **reward_kwargs) -> one reward per episode.
     prompt: put in front of every query. max_turns: of the model. max_tool_reponse: characters of a tool's answer that are
     kept. max_length: tokens of an episode; longer ones end as truncated. generation_kwargs: for model.generate.
+    Raises ValueError for an argument that is missing or of the wrong kind, or a reward_fn that does not give one number each.
     """
 
     request_token = "<request>"

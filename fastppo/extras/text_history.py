@@ -9,8 +9,9 @@ from fastppo.wanted import want
 class TextHistory:
     """Segments of the system (prompt, tool answers) and of the model, in turn.
 
-    text, tokens: everything so far. token_masks: 1 on the model's tokens. text_spans, token_spans: (start, end) of each
-    segment; system_spans: whether the system said it. reward: set at the end.
+    text, tokens (int64 [T]): everything so far. token_masks: int64 [T], 1 on the model's tokens.
+    text_spans, token_spans: (start, end) of each segment; system_spans: whether the system said it. reward: set at the end.
+    Raises ValueError for a segment without text or tokens.
     """
 
     prompt_color = "black on grey85"

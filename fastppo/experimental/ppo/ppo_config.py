@@ -44,6 +44,7 @@ class PPOConfig(BaseConfig):
 
     One update takes batch_size = per_device_train_batch_size * gradient_accumulation_steps * processes prompts, makes one
     optimizer step per mini-batch (num_mini_batches of them) and repeats that num_ppo_epochs times.
+    Raises TypeError on an unknown field and ValueError on a value out of range.
     """
 
     learning_rate: float = _told("Peak learning rate of the optimizer.", 3e-6)

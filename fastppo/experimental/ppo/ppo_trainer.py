@@ -51,6 +51,8 @@ class PPOTrainer(BaseTrainer):
     args.reward_weights or as (reward, weight). value_model: a sequence classifier; None: a value head on the policy's
     own hidden states. train_dataset: rows with input_ids, or prompt, messages, query or text (tokenised here); other
     columns go to reward functions.
+    Raises ValueError for models, datasets and options that do not fit; train() raises NonFinite for a NaN or infinite
+    score, loss or gradient (args.on_nonfinite) and CheckpointError for a checkpoint that cannot be used.
     """
 
     checkpoint_kind = "late-ppo"
