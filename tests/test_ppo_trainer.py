@@ -172,6 +172,7 @@ def test_step_refuses(made, spoil, message):
         ({"return_prompt": "no"}, "return_prompt must be True or False; got 'no'"),
         ({"generate_ref_response": 2}, "generate_ref_response must be True or False; got 2"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number .*; got 2.5"),
+        ({"max_new_tokens": [2, 2]}, r"or a list with one for each batch of prompts \(1 here\); got \[2, 2\]"),
         ({"eos_token_id": "x"}, "eos_token_id must be a token id or a list of them .*; got 'x'"),
     ],
 )

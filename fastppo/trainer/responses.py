@@ -68,8 +68,10 @@ def batched(trainer, model, query_tensors, length_sampler, batch_size, return_pr
     if length_sampler is not None:
         options["max_new_tokens"] = [_drawn(length_sampler()) for _ in starts]
     elif "max_new_tokens" in options:
-        wanted = "a whole number of at least 1 (length_sampler draws one per batch)"
-        want(is_whole(options["max_new_tokens"], 1), "generate", "max_new_tokens", wanted, options["max_new_tokens"])
+        given = options["max_new_tokens"]
+        each = given if isinstance(given, list) and len(given) == len(starts) else [given]
+        wanted = f"a whole number of at least 1, or a list with one for each batch of prompts ({len(starts)} here)"
+        want(all(is_whole(x, 1) for x in each), "generate", "max_new_tokens", wanted, given)
     if not trainer.is_encoder_decoder:
         return sampled(trainer, model, chunks, shape, options)
     check_arguments(options)
