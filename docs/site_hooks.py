@@ -1,7 +1,7 @@
 """mkdocs hooks.
 
 settings.md: every field of the four configurations with its default and what its line says of it. README's tables of
-measurements for the page that asks for them. Long names in tables may break after an underscore.
+measurements for the page that asks for them. Long names and tests' names in tables may break after an underscore.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def breakable(cell: re.Match) -> str:
-    return re.sub(r"<code>[^<]{33,}</code>", lambda code: code[0].replace("_", "_<wbr>"), cell[0])
+    return re.sub(r"<code>(tests?[_/][^<]+|[^<]{33,})</code>", lambda code: code[0].replace("_", "_<wbr>"), cell[0])
 
 
 def on_files(files: Any, config: Any) -> Any:
